@@ -1,0 +1,1 @@
+"""The Kamiyo API, under the names its integration guide uses."""

@@ -1,0 +1,1 @@
+"""The webhook routes, for `app.include_router`."""

@@ -1,0 +1,149 @@
+-- The billing tables: what Stripe last said of each customer, subscription, invoice and payment method.
+--
+-- A schema of their own, because nearly every application already has a table called customers. Columns carry
+-- Stripe's own names. Nothing here refers to anything else by a foreign key: children arrive before parents.
+
+BEGIN;
+
+SET LOCAL client_min_messages = warning;
+SELECT pg_advisory_xact_lock(118038671810927);
+
+CREATE SCHEMA IF NOT EXISTS billing;
+
+-- The columns every table ends with:
+--   last_webhook_event_id    the event that made the row what it is
+--   last_webhook_updated_at  when that was applied here
+--   last_event_rank          where that event stands in the object's life; a lower rank never overwrites it.
+--                            How it is made up: kamiyo/projections.py
+--   order_evidence           'decided'   the row is what Stripe last said
+--                            'undecided' two events of the same second say different things and nothing in them
+--                                        tells which is later: the row must be read from Stripe
+CREATE TABLE IF NOT EXISTS billing.customers (
+    id                      text        NOT NULL,
+    account                 text        NOT NULL DEFAULT '',
+    livemode                boolean     NOT NULL,
+    email                   text,
+    name                    text,
+    phone                   text,
+    description             text,
+    currency                text,
+    -- Credit (negative) or debt, in the smallest unit of currency.
+    balance                 bigint,
+    delinquent              boolean,
+    default_payment_method  text,
+    metadata                jsonb       NOT NULL DEFAULT '{}',
+    created                 timestamptz,
+    -- A deleted customer stays: invoices and accounts still speak of them.
+    deleted_at              timestamptz,
+    last_webhook_event_id   text        NOT NULL,
+    last_webhook_updated_at timestamptz NOT NULL DEFAULT now(),
+    last_event_rank         bigint      NOT NULL,
+    order_evidence          text        NOT NULL DEFAULT 'decided' CHECK (order_evidence IN ('decided', 'undecided')),
+    -- The id first, so that looking a row up by id alone is fast; account and mode, so that two never mix.
+    PRIMARY KEY (id, account, livemode)
+) WITH (fillfactor = 85);
+
+CREATE TABLE IF NOT EXISTS billing.subscriptions (
+    id                      text        NOT NULL,
+    account                 text        NOT NULL DEFAULT '',
+    livemode                boolean     NOT NULL,
+    customer                text,
+    status                  text,
+    currency                text,
+    -- Of the first item; all of them are in items.
+    price                   text,
+    quantity                bigint,
+    items                   jsonb       NOT NULL DEFAULT '[]',
+    current_period_start    timestamptz,
+    current_period_end      timestamptz,
+    cancel_at_period_end    boolean,
+    cancel_at               timestamptz,
+    canceled_at             timestamptz,
+    ended_at                timestamptz,
+    trial_start             timestamptz,
+    trial_end               timestamptz,
+    default_payment_method  text,
+    latest_invoice          text,
+    collection_method       text,
+    metadata                jsonb       NOT NULL DEFAULT '{}',
+    created                 timestamptz,
+    last_webhook_event_id   text        NOT NULL,
+    last_webhook_updated_at timestamptz NOT NULL DEFAULT now(),
+    last_event_rank         bigint      NOT NULL,
+    order_evidence          text        NOT NULL DEFAULT 'decided' CHECK (order_evidence IN ('decided', 'undecided')),
+    PRIMARY KEY (id, account, livemode)
+) WITH (fillfactor = 85);
+CREATE INDEX IF NOT EXISTS subscriptions_customer ON billing.subscriptions (customer);
+
+CREATE TABLE IF NOT EXISTS billing.invoices (
+    id                      text        NOT NULL,
+    account                 text        NOT NULL DEFAULT '',
+    livemode                boolean     NOT NULL,
+    customer                text,
+    subscription            text,
+    number                  text,
+    status                  text,
+    currency                text,
+    -- Amounts in the smallest unit of currency.
+    amount_due              bigint,
+    amount_paid             bigint,
+    amount_remaining        bigint,
+    subtotal                bigint,
+    total                   bigint,
+    attempt_count           bigint,
+    billing_reason          text,
+    collection_method       text,
+    due_date                timestamptz,
+    period_start            timestamptz,
+    period_end              timestamptz,
+    paid_at                 timestamptz,
+    hosted_invoice_url      text,
+    invoice_pdf             text,
+    metadata                jsonb       NOT NULL DEFAULT '{}',
+    created                 timestamptz,
+    -- Only drafts can be deleted.
+    deleted_at              timestamptz,
+    last_webhook_event_id   text        NOT NULL,
+    last_webhook_updated_at timestamptz NOT NULL DEFAULT now(),
+    last_event_rank         bigint      NOT NULL,
+    order_evidence          text        NOT NULL DEFAULT 'decided' CHECK (order_evidence IN ('decided', 'undecided')),
+    PRIMARY KEY (id, account, livemode)
+) WITH (fillfactor = 85);
+CREATE INDEX IF NOT EXISTS invoices_customer ON billing.invoices (customer);
+CREATE INDEX IF NOT EXISTS invoices_subscription ON billing.invoices (subscription);
+
+CREATE TABLE IF NOT EXISTS billing.payment_methods (
+    id                      text        NOT NULL,
+    account                 text        NOT NULL DEFAULT '',
+    livemode                boolean     NOT NULL,
+    -- Null once detached: it is no longer its customer's.
+    customer                text,
+    type                    text,
+    brand                   text,
+    last4                   text,
+    exp_month               bigint,
+    exp_year                bigint,
+    funding                 text,
+    country                 text,
+    fingerprint             text,
+    metadata                jsonb       NOT NULL DEFAULT '{}',
+    created                 timestamptz,
+    detached_at             timestamptz,
+    last_webhook_event_id   text        NOT NULL,
+    last_webhook_updated_at timestamptz NOT NULL DEFAULT now(),
+    last_event_rank         bigint      NOT NULL,
+    order_evidence          text        NOT NULL DEFAULT 'decided' CHECK (order_evidence IN ('decided', 'undecided')),
+    PRIMARY KEY (id, account, livemode)
+) WITH (fillfactor = 85);
+CREATE INDEX IF NOT EXISTS payment_methods_customer ON billing.payment_methods (customer);
+
+-- Rows that wait for a read from Stripe; nearly always none.
+CREATE INDEX IF NOT EXISTS customers_undecided ON billing.customers (id) WHERE order_evidence = 'undecided';
+CREATE INDEX IF NOT EXISTS subscriptions_undecided ON billing.subscriptions (id) WHERE order_evidence = 'undecided';
+CREATE INDEX IF NOT EXISTS invoices_undecided ON billing.invoices (id) WHERE order_evidence = 'undecided';
+CREATE INDEX IF NOT EXISTS payment_methods_undecided ON billing.payment_methods (id)
+    WHERE order_evidence = 'undecided';
+
+INSERT INTO webhook_migrations (name) VALUES ('005_billing_tables') ON CONFLICT DO NOTHING;
+
+COMMIT;

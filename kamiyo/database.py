@@ -1,0 +1,156 @@
+"""PostgreSQL: the pool, the migrations, the notices, and SQL files read into named queries.
+
+The connection `db` is the first argument of everything below a door: whoever opened the transaction owns it.
+"""
+
+import asyncio
+import contextlib
+import re
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import asyncpg
+from asyncpg.pool import PoolConnectionProxy
+
+from kamiyo.errors import DatabaseUnavailable, ForeignTables, MigrationNeeded
+
+if TYPE_CHECKING:
+    Connection: TypeAlias = asyncpg.Connection[asyncpg.Record] | PoolConnectionProxy[asyncpg.Record]
+    Pool: TypeAlias = asyncpg.Pool[asyncpg.Record]
+else:
+    Connection = asyncpg.Connection
+    Pool = asyncpg.Pool
+
+#: The channel on which storing an event wakes the workers.
+CHANNEL = "webhook_events"
+
+MIGRATIONS = Path(__file__).resolve().parent.parent / "database" / "migrations"
+
+#: What asyncpg and the operating system raise when PostgreSQL is away, going away, or refuses to commit now.
+UNAVAILABLE: tuple[type[BaseException], ...] = (
+    OSError,
+    TimeoutError,
+    asyncpg.InterfaceError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.CannotConnectNowError,
+    asyncpg.OperatorInterventionError,
+    asyncpg.InsufficientResourcesError,
+    asyncpg.ReadOnlySQLTransactionError,
+    asyncpg.InternalClientError,
+)
+
+#: The same, and whatever else PostgreSQL refuses.
+DATABASE_ERRORS: tuple[type[BaseException], ...] = (*UNAVAILABLE, asyncpg.PostgresError)
+
+_CANNOT_CONNECT: tuple[type[BaseException], ...] = (*DATABASE_ERRORS, ValueError)
+
+
+def load_queries(name: str) -> Mapping[str, str]:
+    """The queries of `kamiyo/<name>`, each under the `-- name:` line above it. Raises ValueError on a double name."""
+    text = (Path(__file__).parent / name).read_text(encoding="utf-8")
+    _, *parts = re.split(r"^-- name: (\w+)$", text, flags=re.MULTILINE)
+    queries = dict(zip(parts[::2], (body.strip() for body in parts[1::2]), strict=True))
+    if len(queries) * 2 != len(parts):
+        raise ValueError(f"{name} names a query twice")
+    return queries
+
+
+async def open_pool(url: str, *, size: int, application: str, idle_limit: float) -> Pool:
+    """A pool of at most `size` connections, named `application` in pg_stat_activity.
+
+    PostgreSQL ends a session that sits idle for `idle_limit` seconds: a process that is stopped or cut off loses its
+    locks and its open transaction then, and can settle nothing when it comes back.
+
+    It connects when first used, so a server can start, and say that it is unhealthy, while PostgreSQL is away.
+    """
+    pool: Pool = asyncpg.create_pool(
+        url,
+        min_size=0,
+        max_size=size,
+        # Shorter than the limit below, so that the pool is not surprised by it.
+        max_inactive_connection_lifetime=min(30.0, idle_limit / 2),
+        timeout=5,
+        server_settings={
+            "application_name": application,
+            "timezone": "UTC",
+            "idle_in_transaction_session_timeout": str(int(idle_limit * 1000)),
+            "idle_session_timeout": str(int(idle_limit * 1000)),
+        },
+    )
+    await pool
+    return pool
+
+
+async def connect(url: str, *, application: str) -> "asyncpg.Connection[asyncpg.Record]":
+    """One connection. Raises DatabaseUnavailable with a sentence for the person who set the address."""
+    try:
+        return await asyncpg.connect(
+            url, timeout=5, server_settings={"application_name": application, "timezone": "UTC"}
+        )
+    except _CANNOT_CONNECT as error:
+        raise DatabaseUnavailable(
+            f"Cannot connect to PostgreSQL: {type(error).__name__}: {error}. Check DATABASE_URL, and that the server runs."
+        ) from error
+
+
+def migration_files() -> list[Path]:
+    """Every migration, in order."""
+    return sorted(MIGRATIONS.glob("[0-9]*.sql"))
+
+
+async def missing_migrations(db: Connection) -> list[str]:
+    """Names of the migrations that this database lacks, in order."""
+    applied: set[str] = set()
+    if await db.fetchval("SELECT to_regclass('webhook_migrations') IS NOT NULL"):
+        applied = {name for (name,) in await db.fetch("SELECT name FROM webhook_migrations")}
+    return [path.stem for path in migration_files() if path.stem not in applied]
+
+
+async def migrate(db: Connection, *, report: Callable[[str], None] = lambda name: None) -> list[str]:
+    """Apply what is missing; return the names. Each file is one transaction together with its own record.
+
+    Safe to call from several processes at once. Raises ForeignTables when the tables belong to someone else.
+    """
+    missing = await missing_migrations(db)
+    for name in missing:
+        try:
+            await db.execute((MIGRATIONS / f"{name}.sql").read_text(encoding="utf-8"))
+        except asyncpg.RaiseError as error:
+            await db.execute("ROLLBACK")
+            raise ForeignTables(f"{error}. {getattr(error, 'hint', '') or ''}".strip()) from error
+        except asyncpg.PostgresError:
+            with contextlib.suppress(asyncpg.PostgresError):
+                await db.execute("ROLLBACK")
+            raise
+        report(name)
+    return missing
+
+
+async def require_migrations(db: Connection) -> None:
+    """Raise MigrationNeeded, saying what to run, when a migration is missing."""
+    missing = await missing_migrations(db)
+    if missing:
+        files = " ".join(f"-f database/migrations/{name}.sql" for name in missing)
+        raise MigrationNeeded(
+            f'The database lacks {", ".join(missing)}. Run `kamiyo migrate`, or: psql "$DATABASE_URL" {files}'
+        )
+
+
+@contextlib.asynccontextmanager
+async def listening(
+    url: str, heard: Callable[[], None]
+) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
+    """Call `heard()` for every notice on CHANNEL, while the block runs. The connection's end is the caller's to watch."""
+    db = await connect(url, application="kamiyo listener")
+
+    def on_notice(*_: Any) -> None:
+        heard()
+
+    try:
+        await db.add_listener(CHANNEL, on_notice)
+        yield db
+    finally:
+        # A connection that is already gone cannot say goodbye, and one whose server hangs must not keep us.
+        with contextlib.suppress(asyncio.CancelledError, *DATABASE_ERRORS):
+            await db.close(timeout=1)

@@ -1,0 +1,382 @@
+"""The inbox: the durable table of events. Everything that changes it is a function here, its SQL in `inbox.sql`.
+
+The caller owns the transaction: what a function writes is true once the caller commits.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+import asyncpg
+
+from kamiyo.database import Connection, load_queries
+from kamiyo.errors import EventNotFailed, EventUnknown, KamiyoError
+from kamiyo.event import Event
+
+_SQL = load_queries("inbox.sql")
+
+#: Events that one statement of a long piece of work touches, so that no lock is held for long.
+CHUNK = 1000
+
+
+class Status(StrEnum):
+    """Where an event stands."""
+
+    pending = "pending"
+    processing = "processing"
+    processed = "processed"
+    failed = "failed"
+
+
+class Outcome(StrEnum):
+    """What processing an event came to."""
+
+    projected = "projected"  # a billing row speaks of it, or of something newer
+    handled = "handled"  # handlers of the user's own ran
+    ignored = "ignored"  # nobody asked for it
+
+
+class ClaimLost(KamiyoError):
+    """Another worker took these events over; whatever this one did must be rolled back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """An event in a worker's hands.
+
+    `attempts` are the tries before this one. A `suspect` was in the batch of a worker that died, and runs alone;
+    one that `was_running` at that moment has used up a try.
+    """
+
+    event: Event
+    seq: int
+    received: datetime
+    lane: int
+    attempts: int
+    suspect: bool
+    abandoned: bool
+    was_running: bool
+    body_kept: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """How a try of one event ended well: its outcome, the number of the try, and what it took in microseconds."""
+
+    event_id: str
+    outcome: Outcome
+    attempt: int
+    microseconds: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What went wrong: the type of the error, its message and traceback, and a fingerprint of the cause."""
+
+    error_type: str
+    message: str
+    traceback: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Filters:
+    """Which events: each filter is None (any) or a value. `since` is inclusive, `until` exclusive."""
+
+    status: str | None = None
+    type: str | None = None
+    customer: str | None = None
+    object_id: str | None = None
+    account: str | None = None
+    since: datetime | None = None
+    until: datetime | None = None
+
+    def values(self) -> tuple[Any, ...]:
+        """In the order of the queries' parameters."""
+        return self.status, self.type, self.customer, self.object_id, self.account, self.since, self.until
+
+
+# ── In ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def put(db: Connection, events: Sequence[Event], *, source: str = "webhook") -> dict[str, Status]:
+    """Store what is new, with its body, and wake the workers; return the status of what was already known, by id.
+
+    `events` must not name an id twice. One statement: outside a transaction it is one commit.
+    """
+    rows = (
+        (
+            *(e.id, e.type, e.created, e.livemode, e.thin, e.account, e.context, e.api_version),
+            *(e.object_type, e.object_id, e.customer, e.snapshot_event, e.lane, e.body),
+        )
+        for e in events
+    )
+    known: list[asyncpg.Record] = await db.fetch(_SQL["put"], *map(list, zip(*rows, strict=True)), source)
+    return {event_id: Status(status) for event_id, status in known}
+
+
+async def ensure_partitions(db: Connection) -> int:
+    """Make the tables for the bodies of the coming days; return how many were missing."""
+    return int(await db.fetchval(_SQL["ensure_partitions"]))
+
+
+# ── The worker's turn ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def claim(db: Connection, limit: int) -> tuple[int, list[Claimed]]:
+    """Claim up to `limit` due events, oldest first, and hold their lanes on this session until `unlock`.
+
+    Returns the claim's number, which settling asks for, and the events in Stripe's order. Commits: call it outside
+    a transaction.
+    """
+    held = [event_id for (event_id,) in await db.fetch(_SQL["hold"], limit)]
+    if not held:
+        return 0, []
+    number = int(await db.fetchval(_SQL["next_claim"]))
+    return number, [_claimed(row) for row in await db.fetch(_SQL["claim"], held, number)]
+
+
+async def unlock(db: Connection) -> None:
+    """Let go of every lane this session holds."""
+    await db.execute(_SQL["unlock"])
+
+
+async def start(db: Connection, claim_number: int, event_id: str, attempt: int) -> None:
+    """Count a try before it is run. Raises ClaimLost when the claim is no longer ours."""
+    if await db.fetchval(_SQL["start"], event_id, claim_number, attempt) is None:
+        raise ClaimLost(f"{event_id} is no longer held by claim {claim_number}")
+
+
+async def succeed(db: Connection, claim_number: int, settled: Sequence[Settled]) -> None:
+    """Settle processed events, in the transaction of their effects. Raises ClaimLost unless all are still ours."""
+    columns = zip(*((s.event_id, s.outcome.value, s.attempt, s.microseconds) for s in settled), strict=True)
+    rows = await db.fetch(_SQL["succeed"], claim_number, *map(list, columns))
+    if len(rows) != len(settled):
+        raise ClaimLost(f"claim {claim_number} has lost {len(settled) - len(rows)} of {len(settled)} events")
+
+
+async def fail(
+    db: Connection,
+    claim_number: int,
+    event_id: str,
+    failure: Failure,
+    *,
+    attempt: int,
+    retry_in: float | None,
+    microseconds: int,
+) -> None:
+    """Record a failed try. `retry_in` seconds from now it is due again; None: it is dead.
+
+    Raises ClaimLost when the claim is no longer ours.
+    """
+    recorded = await db.fetchval(
+        _SQL["fail"],
+        *(event_id, claim_number, attempt, retry_in, microseconds),
+        *(failure.error_type, failure.message, failure.traceback, failure.fingerprint),
+    )
+    if recorded is None:
+        raise ClaimLost(f"{event_id} is no longer held by claim {claim_number}")
+
+
+async def release(db: Connection, claim_number: int, event_ids: Sequence[str]) -> None:
+    """Give claimed events back untried."""
+    await db.execute(_SQL["release"], list(event_ids), claim_number)
+
+
+async def next_due_in(db: Connection) -> float | None:
+    """Seconds until the next event is due, negative when it is overdue; None when nothing waits."""
+    value = await db.fetchval(_SQL["next_due"])
+    return None if value is None else float(value)
+
+
+# ── What was said before ────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def of_second(
+    db: Connection, object_id: str, account: str, livemode: bool, second: int
+) -> list[tuple[Event, datetime]]:
+    """The events of one object within one of Stripe's seconds, each with when it was received."""
+    rows = await db.fetch(_SQL["of_second"], object_id, account, livemode, second)
+    return [(_event(row), row["created_at"]) for row in rows]
+
+
+async def of_object(
+    db: Connection, object_id: str, account: str, livemode: bool
+) -> list[tuple[Event, datetime]]:
+    """The latest 200 events of one object, each with when it was received."""
+    rows = await db.fetch(_SQL["of_object"], object_id, account, livemode)
+    return [(_event(row), row["created_at"]) for row in rows]
+
+
+async def after(db: Connection, at: datetime, seq: int, limit: int) -> list[tuple[Event, datetime, int]]:
+    """Up to `limit` snapshots after (`at`, `seq`) in order of arrival, each with when it came and its number."""
+    rows = await db.fetch(_SQL["after"], at, seq, limit)
+    return [(_event(row), row["created_at"], row["seq"]) for row in rows]
+
+
+# ── By hand ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def retry(db: Connection, event_id: str) -> None:
+    """Run a failed event again, now, with five new tries. Raises EventUnknown or EventNotFailed."""
+    if await db.fetchrow(_SQL["retry"], event_id) is None:
+        status = await db.fetchval(_SQL["status"], event_id)
+        raise EventUnknown if status is None else EventNotFailed(f"Event is {status}, not failed")
+    await audit(db, "retry", {"event_id": event_id}, 1)
+
+
+async def count_matching(db: Connection, filters: Filters, fingerprint: str | None = None) -> int:
+    """How many events a replay with these filters would run again; `status` defaults to failed."""
+    return int(await db.fetchval(_SQL["count_matching"], *_replayable(filters).values(), fingerprint))
+
+
+async def replay(
+    db: Connection,
+    filters: Filters,
+    fingerprint: str | None = None,
+    *,
+    progress: Callable[[int], None] = lambda done: None,
+) -> int:
+    """Put every matching event back in line, CHUNK by CHUNK, and write it to the audit; return how many.
+
+    Each chunk commits by itself: call it outside a transaction. `progress` hears how many are done so far.
+    """
+    values = _replayable(filters).values()
+    done, at, seq = 0, _DAWN, 0
+    while True:
+        row = await db.fetchrow(_SQL["replay"], *values, fingerprint, at, seq, CHUNK)
+        assert row is not None  # noqa: S101 - an aggregate without GROUP BY has exactly one row
+        if not row["count"]:
+            break
+        done, at, seq = done + row["count"], row["created_at"], row["seq"]
+        progress(done)
+    await audit(
+        db,
+        "replay",
+        described(_replayable(filters)) | ({"fingerprint": fingerprint} if fingerprint else {}),
+        done,
+    )
+    return done
+
+
+async def audit(db: Connection, action: str, filters: Mapping[str, Any], count: int) -> None:
+    """Write down what a person did."""
+    await db.execute(_SQL["audit"], action, json.dumps(filters, default=str), count)
+
+
+def described(filters: Filters) -> dict[str, Any]:
+    """The filters that are set, for the audit."""
+    return {name: value for name, value in asdict(filters).items() if value is not None}
+
+
+async def prune(
+    db: Connection, before: datetime, *, progress: Callable[[int], None] = lambda done: None
+) -> int:
+    """Remove the processed events received before `before`, CHUNK by CHUNK; return how many.
+
+    Never an unprocessed one. Each chunk commits by itself: call it outside a transaction.
+    """
+    done = 0
+    while count := int(await db.fetchval(_SQL["prune"], before, CHUNK)):
+        done += count
+        progress(done)
+    return done
+
+
+async def prune_tombstones(db: Connection) -> None:
+    """Forget ids that Stripe cannot send again."""
+    await db.execute(_SQL["prune_tombstones"])
+
+
+# ── Looking ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def listed(
+    db: Connection, filters: Filters, *, before: tuple[datetime, int] | None = None, limit: int = 50
+) -> list[asyncpg.Record]:
+    """Events newest first, a page of `limit`, below the position `before` (created_at, seq)."""
+    async with db.transaction(readonly=True):
+        # The filters are optional parameters: a plan made once for all of them would scan.
+        await db.execute("SET LOCAL plan_cache_mode = force_custom_plan")
+        return await db.fetch(_SQL["list"], *filters.values(), *(before or (None, None)), limit)
+
+
+async def one(db: Connection, event_id: str) -> tuple[asyncpg.Record, list[asyncpg.Record]]:
+    """The event's row, with its body, and its failed tries in order. Raises EventUnknown."""
+    row = await db.fetchrow(_SQL["event"], event_id)
+    if row is None:
+        raise EventUnknown
+    return row, await db.fetch(_SQL["failures_of"], event_id)
+
+
+async def failed(db: Connection, limit: int) -> list[asyncpg.Record]:
+    """Failed events newest first, each with its last error."""
+    return await db.fetch(_SQL["failed"], limit)
+
+
+async def health(db: Connection) -> asyncpg.Record:
+    """One row: status, events_last_24h, failed_events_last_24h, oldest_due_seconds."""
+    row = await db.fetchrow(_SQL["health"])
+    assert row is not None  # noqa: S101 - an aggregate without GROUP BY has exactly one row
+    return row
+
+
+async def statistics(db: Connection, days: int) -> list[asyncpg.Record]:
+    """A row for each type received in the last `days`: received, processed, failed, pending, processing_us."""
+    return await db.fetch(_SQL["statistics"], days)
+
+
+async def queue(db: Connection) -> asyncpg.Record:
+    """One row: backlog, oldest_due_seconds, dead."""
+    row = await db.fetchrow(_SQL["queue"])
+    assert row is not None  # noqa: S101 - a SELECT without FROM has exactly one row
+    return row
+
+
+async def fold_counts(db: Connection) -> int:
+    """Fold the latest changes into the counts; return how many lines were folded."""
+    return int(await db.fetchval(_SQL["fold"]))
+
+
+# PostgreSQL's timestamptz reaches further back than any event.
+_DAWN = datetime.fromisoformat("2000-01-01T00:00:00+00:00")
+
+
+def _replayable(filters: Filters) -> Filters:
+    return filters if filters.status else replace(filters, status=Status.failed)
+
+
+def _event(row: asyncpg.Record, **more: Any) -> Event:
+    return Event(
+        id=row["event_id"],
+        type=row["event_type"],
+        created=row["stripe_created"],
+        thin=row["thin"],
+        livemode=row["livemode"],
+        account=row["account"],
+        context=row["context"],
+        api_version=row["api_version"],
+        object_type=row["object_type"],
+        object_id=row["object_id"],
+        customer=row["customer"],
+        snapshot_event=row["snapshot_event"],
+        body=row["body"] or b"",
+        **more,
+    )
+
+
+def _claimed(row: asyncpg.Record) -> Claimed:
+    return Claimed(
+        event=_event(row),
+        seq=row["seq"],
+        received=row["created_at"],
+        lane=row["lane"],
+        attempts=row["attempts"],
+        suspect=row["suspect"],
+        abandoned=row["abandoned"],
+        was_running=row["was_running"],
+        body_kept=row["body"] is not None,
+    )

@@ -1,0 +1,302 @@
+-- The inbox: the durable table of events, and everything that changes it.
+--
+--   pending ──claim──▶ processing ──succeed──▶ processed
+--                       │   ▲
+--                      fail  └──claim── failed, with a next try        after five tries, or buried: failed, dead
+--
+-- Lanes are locked with session-level advisory locks of class 1800432 ('kmy' read as a number), one for each lane:
+-- a lock dies with its session, so what a dead worker held is free at once.
+
+-- name: put
+-- Stores new events with their bodies; one statement, one commit. Returns the ones that were already known.
+WITH incoming AS (
+    SELECT * FROM unnest(
+        $1::text[], $2::text[], $3::bigint[], $4::boolean[], $5::boolean[], $6::text[], $7::text[], $8::text[],
+        $9::text[], $10::text[], $11::text[], $12::text[], $13::integer[], $14::bytea[]
+    ) AS u (
+        event_id, event_type, stripe_created, livemode, thin, account, context, api_version,
+        object_type, object_id, customer, snapshot_event, lane, body
+    )
+), stored AS (
+    INSERT INTO webhook_events (
+        event_id, event_type, stripe_created, livemode, thin, account, context, api_version,
+        object_type, object_id, customer, snapshot_event, lane, next_try_at, source
+    )
+    SELECT event_id, event_type, to_timestamp(stripe_created), livemode, thin, account, context, api_version,
+           object_type, object_id, customer, snapshot_event, lane, now(), $15
+    FROM incoming
+    WHERE NOT EXISTS (SELECT FROM webhook_tombstones AS t WHERE t.event_id = incoming.event_id)
+    -- Two servers may store the same events at once; in one order they cannot wait for each other in a ring.
+    ORDER BY event_id
+    ON CONFLICT (event_id) DO NOTHING
+    RETURNING event_id, seq, created_at
+), bodies AS (
+    INSERT INTO webhook_payloads (seq, created_at, body)
+    SELECT seq, created_at, body FROM stored JOIN incoming USING (event_id)
+)
+SELECT i.event_id,
+       -- Neither in the ledger as this statement sees it nor a tombstone: a neighbour stored it a moment ago.
+       CASE WHEN e.event_id IS NOT NULL THEN e.status
+            WHEN t.event_id IS NOT NULL THEN 'processed'
+            ELSE 'pending' END AS status
+FROM incoming AS i
+LEFT JOIN stored AS s USING (event_id)
+LEFT JOIN webhook_events AS e ON e.event_id = i.event_id
+LEFT JOIN webhook_tombstones AS t ON t.event_id = i.event_id
+WHERE s.event_id IS NULL;
+
+-- name: hold
+-- Locks the lanes of the events that are due, oldest first; lanes that another worker holds are passed over, so
+-- that a busy customer never keeps the others waiting. Returns the events found in the lanes it got.
+WITH held AS MATERIALIZED (
+    SELECT objid::bigint::integer AS lane FROM pg_locks
+    WHERE locktype = 'advisory' AND classid = 1800432 AND objsubid = 2
+      AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+), due AS MATERIALIZED (
+    SELECT event_id, lane FROM webhook_events
+    WHERE next_try_at <= now() AND lane NOT IN (SELECT lane FROM held)
+    ORDER BY next_try_at, seq LIMIT $1
+), mine AS MATERIALIZED (
+    SELECT lane FROM (SELECT DISTINCT lane FROM due) AS lanes WHERE pg_try_advisory_lock(1800432, lane)
+)
+SELECT event_id FROM due JOIN mine USING (lane);
+
+-- name: claim
+-- Takes the held events that are still due. A statement of its own, because only a snapshot taken after the locks
+-- shows what the last holder of a lane left behind. An event found in 'processing' was abandoned: its worker died.
+WITH found AS (
+    SELECT event_id, status, started_at FROM webhook_events
+    WHERE event_id = ANY ($1::text[]) AND next_try_at <= now()
+), claimed AS (
+    UPDATE webhook_events AS e
+    SET status = 'processing', claim = $2, started_at = NULL, failed_at = NULL,
+        suspect = e.suspect OR found.status = 'processing'
+    FROM found WHERE e.event_id = found.event_id
+    RETURNING e.*, found.status = 'processing' AS abandoned, found.started_at AS abandoned_at
+)
+SELECT c.seq, c.created_at, c.event_id, c.event_type, extract(epoch FROM c.stripe_created)::bigint AS stripe_created,
+       c.livemode, c.thin, c.account, c.context, c.api_version, c.object_type, c.object_id, c.customer,
+       c.snapshot_event, c.lane, c.attempts, c.suspect, c.abandoned, c.abandoned_at IS NOT NULL AS was_running,
+       -- A subquery, so that each body is looked up by its key in the one partition that has it.
+       (SELECT p.body FROM webhook_payloads AS p WHERE p.seq = c.seq AND p.created_at = c.created_at) AS body
+FROM claimed AS c
+ORDER BY c.stripe_created, c.seq;
+
+-- name: next_claim
+SELECT nextval('webhook_claims');
+
+-- name: unlock
+SELECT pg_advisory_unlock_all();
+
+-- name: start
+-- Counts a try before it is run, for an event that runs alone: should it take the process down, the try has counted.
+UPDATE webhook_events SET attempts = $3, started_at = clock_timestamp()
+WHERE event_id = $1 AND claim = $2 AND status = 'processing'
+RETURNING attempts;
+
+-- name: succeed
+-- Settles processed events, in the transaction of their effects. Returns one row for each; fewer than asked for
+-- means that the claim is lost, and the caller must roll back.
+UPDATE webhook_events AS e
+SET status = 'processed', outcome = d.outcome, processed_at = clock_timestamp(), next_try_at = NULL, started_at = NULL,
+    suspect = false, attempts = d.attempts, processing_us = e.processing_us + d.processing_us
+FROM unnest($2::text[], $3::text[], $4::smallint[], $5::bigint[]) AS d (event_id, outcome, attempts, processing_us)
+WHERE e.event_id = d.event_id AND e.claim = $1 AND e.status = 'processing'
+RETURNING e.event_id;
+
+-- name: fail
+-- Records a failed try with its error. With seconds to wait the event stays in line; without, it is dead.
+WITH failed AS (
+    UPDATE webhook_events
+    SET status = 'failed', failed_at = clock_timestamp(), started_at = NULL, attempts = $3,
+        next_try_at = clock_timestamp() + make_interval(secs => $4), processing_us = processing_us + $5
+    WHERE event_id = $1 AND claim = $2 AND status = 'processing'
+    RETURNING event_id, event_type, next_try_at
+)
+INSERT INTO webhook_failures
+    (event_id, event_type, retry_count, next_try_at, error_type, error_message, traceback, fingerprint)
+SELECT event_id, event_type, $3, next_try_at, $6, $7, $8, $9 FROM failed
+RETURNING id;
+
+-- name: release
+-- Gives claimed events back untried, as they were.
+UPDATE webhook_events
+SET status = CASE WHEN attempts > 0 THEN 'failed' ELSE 'pending' END,
+    failed_at = CASE WHEN attempts > 0 THEN clock_timestamp() END, claim = NULL, started_at = NULL
+WHERE event_id = ANY ($1::text[]) AND claim = $2 AND status = 'processing';
+
+-- name: next_due
+-- Seconds until something is due that no worker holds; null when nothing waits.
+SELECT extract(epoch FROM min(next_try_at) - now())::float8 FROM webhook_events WHERE next_try_at IS NOT NULL;
+
+-- name: of_second
+-- All events of one object within one of Stripe's seconds, processed or not: what a tie is decided by.
+SELECT e.seq, e.created_at, e.event_id, e.event_type, extract(epoch FROM e.stripe_created)::bigint AS stripe_created,
+       e.livemode, e.thin, e.account, e.context, e.api_version, e.object_type, e.object_id, e.customer,
+       e.snapshot_event, p.body
+FROM webhook_events AS e
+JOIN webhook_payloads AS p ON p.seq = e.seq AND p.created_at = e.created_at
+WHERE e.object_id = $1 AND e.account = $2 AND e.livemode = $3 AND e.stripe_created = to_timestamp($4) AND NOT e.thin
+ORDER BY e.seq
+LIMIT 1000;
+
+-- name: of_object
+-- The latest events of one object, by Stripe's time.
+SELECT e.seq, e.created_at, e.event_id, e.event_type, extract(epoch FROM e.stripe_created)::bigint AS stripe_created,
+       e.livemode, e.thin, e.account, e.context, e.api_version, e.object_type, e.object_id, e.customer,
+       e.snapshot_event, p.body
+FROM webhook_events AS e
+JOIN webhook_payloads AS p ON p.seq = e.seq AND p.created_at = e.created_at
+WHERE e.object_id = $1 AND e.account = $2 AND e.livemode = $3 AND NOT e.thin
+ORDER BY e.stripe_created DESC, e.seq DESC
+LIMIT 200;
+
+-- name: after
+-- The ledger in order of arrival, for rebuilding what is made from it.
+SELECT e.seq, e.created_at, e.event_id, e.event_type, extract(epoch FROM e.stripe_created)::bigint AS stripe_created,
+       e.livemode, e.thin, e.account, e.context, e.api_version, e.object_type, e.object_id, e.customer,
+       e.snapshot_event, p.body
+FROM webhook_events AS e
+JOIN webhook_payloads AS p ON p.seq = e.seq AND p.created_at = e.created_at
+WHERE (e.created_at, e.seq) > ($1, $2) AND NOT e.thin
+ORDER BY e.created_at, e.seq
+LIMIT $3;
+
+-- name: retry
+-- A person says: run it again. It gets its five tries anew.
+WITH again AS (
+    UPDATE webhook_events SET status = 'pending', failed_at = NULL, next_try_at = now(), attempts = 0
+    WHERE event_id = $1 AND status = 'failed'
+    RETURNING event_id
+)
+SELECT event_id, pg_notify('webhook_events', '') FROM again;
+
+-- name: list
+-- Newest first; every filter may be null. The conditions that only repeat a filter name the partial index that
+-- serves it.
+SELECT seq, event_id, event_type, status, outcome, created_at, stripe_created, processed_at, next_try_at, attempts,
+       processing_us, object_type, object_id, customer, account, context, livemode, api_version, thin, source
+FROM webhook_events
+WHERE ($1::text IS NULL OR status = $1)
+  AND ($1 IS DISTINCT FROM 'failed' OR failed_at IS NOT NULL)
+  AND ($1 IS NULL OR $1 NOT IN ('pending', 'processing') OR next_try_at IS NOT NULL)
+  AND ($2::text IS NULL OR event_type = $2)
+  AND ($3::text IS NULL OR customer = $3)
+  AND ($4::text IS NULL OR object_id = $4)
+  AND ($5::text IS NULL OR account = $5)
+  AND ($6::timestamptz IS NULL OR created_at >= $6)
+  AND ($7::timestamptz IS NULL OR created_at < $7)
+  AND ($8::timestamptz IS NULL OR (created_at, seq) < ($8, $9::bigint))
+ORDER BY created_at DESC, seq DESC
+LIMIT $10;
+
+-- name: count_matching
+-- How many events a replay would run again.
+SELECT count(*) FROM webhook_events
+WHERE status = $1 AND ($1 <> 'failed' OR failed_at IS NOT NULL)
+  AND ($2::text IS NULL OR event_type = $2)
+  AND ($3::text IS NULL OR customer = $3)
+  AND ($4::text IS NULL OR object_id = $4)
+  AND ($5::text IS NULL OR account = $5)
+  AND ($6::timestamptz IS NULL OR created_at >= $6)
+  AND ($7::timestamptz IS NULL OR created_at < $7)
+  AND ($8::text IS NULL OR EXISTS (SELECT FROM webhook_failures AS f
+                                   WHERE f.event_id = webhook_events.event_id AND f.fingerprint = $8));
+
+-- name: replay
+-- Puts a bounded number of matching events back in line, oldest first, and says where it got to, so that the next
+-- call goes on from there and none is taken twice.
+WITH picked AS (
+    SELECT event_id, created_at, seq FROM webhook_events
+    WHERE status = $1 AND ($1 <> 'failed' OR failed_at IS NOT NULL)
+      AND ($2::text IS NULL OR event_type = $2)
+      AND ($3::text IS NULL OR customer = $3)
+      AND ($4::text IS NULL OR object_id = $4)
+      AND ($5::text IS NULL OR account = $5)
+      AND ($6::timestamptz IS NULL OR created_at >= $6)
+      AND ($7::timestamptz IS NULL OR created_at < $7)
+      AND ($8::text IS NULL OR EXISTS (SELECT FROM webhook_failures AS f
+                                       WHERE f.event_id = webhook_events.event_id AND f.fingerprint = $8))
+      AND (created_at, seq) > ($9, $10::bigint)
+    ORDER BY created_at, seq LIMIT $11
+    FOR UPDATE
+), again AS (
+    UPDATE webhook_events AS e
+    SET status = 'pending', outcome = NULL, processed_at = NULL, failed_at = NULL, next_try_at = now(), attempts = 0
+    FROM picked WHERE e.event_id = picked.event_id AND e.status = $1
+    RETURNING e.created_at, e.seq
+)
+SELECT count(*) AS count, max(created_at) AS created_at,
+       (SELECT seq FROM again ORDER BY created_at DESC, seq DESC LIMIT 1) AS seq, pg_notify('webhook_events', '')
+FROM again;
+
+-- name: audit
+INSERT INTO webhook_audit (action, filters, count) VALUES ($1, $2::jsonb, $3);
+
+-- name: event
+SELECT e.*, extract(epoch FROM e.stripe_created)::bigint AS stripe_second,
+       (SELECT p.body FROM webhook_payloads AS p WHERE p.seq = e.seq AND p.created_at = e.created_at) AS body
+FROM webhook_events AS e WHERE e.event_id = $1;
+
+-- name: status
+SELECT status FROM webhook_events WHERE event_id = $1;
+
+-- name: failures_of
+SELECT id, created_at, retry_count, next_try_at, error_type, error_message, traceback, fingerprint
+FROM webhook_failures WHERE event_id = $1 ORDER BY id;
+
+-- name: failed
+-- Failed events, newest first, each with its last error.
+SELECT e.event_id, e.event_type, e.status, e.created_at, e.failed_at, e.next_try_at, e.attempts, e.object_id, e.customer,
+       e.account, f.error_type, f.error_message, f.retry_count, f.fingerprint
+FROM webhook_events AS e
+LEFT JOIN LATERAL (
+    SELECT error_type, error_message, retry_count, fingerprint FROM webhook_failures
+    WHERE event_id = e.event_id ORDER BY id DESC LIMIT 1
+) AS f ON true
+WHERE e.failed_at IS NOT NULL
+ORDER BY e.created_at DESC, e.seq DESC
+LIMIT $1;
+
+-- name: prune
+-- Removes processed events from before a moment, with their bodies; a bounded number, to hold no lock for long.
+-- Stripe sends an event again for up to 30 days: until then a tombstone remembers its id.
+WITH old AS (
+    SELECT event_id, seq, created_at, stripe_created FROM webhook_events
+    WHERE created_at < $1 AND status = 'processed'
+    ORDER BY created_at, seq LIMIT $2
+    FOR UPDATE SKIP LOCKED
+), bodies AS (
+    DELETE FROM webhook_payloads AS p USING old WHERE p.seq = old.seq AND p.created_at = old.created_at
+), buried AS (
+    INSERT INTO webhook_tombstones (event_id, stripe_created)
+    SELECT event_id, stripe_created FROM old WHERE stripe_created > now() - interval '35 days'
+    ON CONFLICT DO NOTHING
+), gone AS (
+    DELETE FROM webhook_events AS e USING old WHERE e.event_id = old.event_id RETURNING 1
+)
+SELECT count(*) FROM gone;
+
+-- name: prune_tombstones
+DELETE FROM webhook_tombstones WHERE stripe_created < now() - interval '35 days';
+
+-- name: health
+SELECT status, events_last_24h, failed_events_last_24h, oldest_due_seconds FROM webhook_health_check;
+
+-- name: statistics
+SELECT event_type, received, processed, failed, received - processed - failed AS pending, processing_us
+FROM webhook_counts_since(now() - make_interval(days => $1)) ORDER BY received DESC, event_type;
+
+-- name: queue
+-- How the queue stands: events waiting or in work, seconds since the oldest was due, events that are dead.
+SELECT (SELECT coalesce(sum(received - processed - failed), 0) FROM webhook_counts_since('-infinity'))::bigint AS backlog,
+       (SELECT coalesce(greatest(extract(epoch FROM now() - min(next_try_at)), 0), 0)
+        FROM webhook_events WHERE next_try_at IS NOT NULL)::float8 AS oldest_due_seconds,
+       (SELECT count(*) FROM (SELECT FROM webhook_events WHERE failed_at IS NOT NULL AND next_try_at IS NULL
+                              LIMIT 100000) AS dead)::bigint AS dead;
+
+-- name: fold
+SELECT webhook_fold_counts();
+
+-- name: ensure_partitions
+SELECT webhook_ensure_partitions((now() AT TIME ZONE 'UTC')::date - 1, 9);

@@ -1,0 +1,559 @@
+"""From Stripe's objects to rows of `billing.*`, never back in time.
+
+**Which events.** Every snapshot that carries one of the four objects, not only the ten types of the guide:
+`invoice.voided` says what became of an invoice as surely as `invoice.payment_succeeded`. `invoice.upcoming` is a
+preview of an invoice that does not exist yet, and is left out.
+
+**Order.** Stripe does not deliver in order, and `created` has whole seconds. Each event gets a *rank*, an integer
+whose bits say, from the most telling down:
+
+    terminal   the object's life is over: customer or draft invoice deleted, subscription canceled, invoice paid or
+               void, payment method detached. A final state is never left, whatever a clock says.
+    created    Stripe's second
+    step       how far along, within one second, in states that only go forward: an invoice is draft, then open,
+               then uncollectible; a subscription is incomplete only at first
+    stage      `*.created` (and `payment_method.attached`) comes before everything else of its second
+    attempts   an invoice's attempt_count only grows
+    whole      a deletion that carries the full object outranks the stub that only says it is gone
+
+The row keeps the rank of the event that made it, and only a higher one overwrites it: so the end is the same in any
+order, any number of times, in any batches. Equal ranks with different content are a *tie*; `kamiyo/ties.py` weighs
+the evidence of all events of that second together, which is again the same in any order.
+
+Source for the shapes of each API version: Stripe's changelog, 2025-03-31.basil, and `docs/decisions/`.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Annotated, Any, cast
+
+import asyncpg
+import msgspec
+
+from kamiyo.database import Connection, load_queries
+from kamiyo.errors import KamiyoError
+from kamiyo.event import Event
+
+_SQL = load_queries("projections.sql")
+
+#: The four tables, in the order they are written (every writer keeps it, so that none can deadlock another).
+TABLES = ("customers", "subscriptions", "invoices", "payment_methods")
+
+_Key = tuple[str, str, bool]
+
+#: Which row of which table: (table, (id, account, livemode)).
+Place = tuple[str, _Key]
+
+
+class ProjectionError(KamiyoError):
+    """The object in the event does not have the shape Stripe documents; the message says which field, never its value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a billing table as one event tells it.
+
+    `values` are the columns of `COLUMNS[table]` in that order: times as unix seconds, money in the currency's smallest
+    unit, `metadata` and `items` as JSON text. `received` is when the event was committed here.
+    """
+
+    table: str
+    id: str
+    account: str
+    livemode: bool
+    values: tuple[Any, ...]
+    event_id: str
+    received: datetime
+    rank: int
+    evidence: str = "decided"
+
+    @property
+    def key(self) -> _Key:
+        """What identifies the object: id, account, livemode."""
+        return self.id, self.account, self.livemode
+
+    @property
+    def place(self) -> Place:
+        """Which row of which table this is."""
+        return self.table, self.key
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How a row stood before a batch was projected: its rank, and the event that had made it so."""
+
+    table: str
+    rank: int
+    event_id: str
+
+    @property
+    def is_stub(self) -> bool:
+        """Whether the row was made by a deletion that did not carry the customer."""
+        return self.table == "customers" and bool(self.rank & _TERMINAL) and not self.rank & 1
+
+
+# ── Shapes: only the fields that are kept, in every version's place ─────────────────────────────────────────────
+
+_Int = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+_Time = Annotated[int, msgspec.Meta(ge=-62_135_596_800, le=253_402_300_799)]
+_Reference = Any  # an id, or the whole object where the endpoint expands it
+
+
+class _InvoiceSettings(msgspec.Struct):
+    default_payment_method: _Reference = None
+
+
+class _Customer(msgspec.Struct):
+    email: str | None = None
+    name: str | None = None
+    phone: str | None = None
+    description: str | None = None
+    currency: str | None = None
+    balance: _Int | None = None
+    delinquent: bool | None = None
+    invoice_settings: _InvoiceSettings | None = None
+    metadata: dict[str, Any] | None = None
+    created: _Time | None = None
+    deleted: bool = False
+
+
+class _Price(msgspec.Struct):
+    id: str | None = None
+
+
+class _Item(msgspec.Struct):
+    id: str | None = None
+    price: _Price | None = None
+    plan: _Price | None = None
+    quantity: _Int | None = None
+    current_period_start: _Time | None = None
+    current_period_end: _Time | None = None
+
+
+class _Items(msgspec.Struct):
+    data: list[_Item] = []
+
+
+class _Subscription(msgspec.Struct):
+    customer: _Reference = None
+    customer_account: _Reference = None
+    status: str | None = None
+    currency: str | None = None
+    items: _Items | None = None
+    current_period_start: _Time | None = None
+    current_period_end: _Time | None = None
+    cancel_at_period_end: bool | None = None
+    cancel_at: _Time | None = None
+    canceled_at: _Time | None = None
+    ended_at: _Time | None = None
+    trial_start: _Time | None = None
+    trial_end: _Time | None = None
+    default_payment_method: _Reference = None
+    latest_invoice: _Reference = None
+    collection_method: str | None = None
+    metadata: dict[str, Any] | None = None
+    created: _Time | None = None
+
+
+class _SubscriptionDetails(msgspec.Struct):
+    subscription: _Reference = None
+
+
+class _Parent(msgspec.Struct):
+    subscription_details: _SubscriptionDetails | None = None
+
+
+class _Transitions(msgspec.Struct):
+    paid_at: _Time | None = None
+
+
+class _Invoice(msgspec.Struct):
+    customer: _Reference = None
+    customer_account: _Reference = None
+    subscription: _Reference = None
+    parent: _Parent | None = None
+    number: str | None = None
+    status: str | None = None
+    currency: str | None = None
+    amount_due: _Int | None = None
+    amount_paid: _Int | None = None
+    amount_remaining: _Int | None = None
+    subtotal: _Int | None = None
+    total: _Int | None = None
+    attempt_count: _Int | None = None
+    billing_reason: str | None = None
+    collection_method: str | None = None
+    due_date: _Time | None = None
+    period_start: _Time | None = None
+    period_end: _Time | None = None
+    status_transitions: _Transitions | None = None
+    hosted_invoice_url: str | None = None
+    invoice_pdf: str | None = None
+    metadata: dict[str, Any] | None = None
+    created: _Time | None = None
+
+
+class _PaymentMethod(msgspec.Struct):
+    customer: _Reference = None
+    customer_account: _Reference = None
+    type: str | None = None
+    card: dict[str, Any] | None = None
+    us_bank_account: dict[str, Any] | None = None
+    sepa_debit: dict[str, Any] | None = None
+    bacs_debit: dict[str, Any] | None = None
+    au_becs_debit: dict[str, Any] | None = None
+    acss_debit: dict[str, Any] | None = None
+    metadata: dict[str, Any] | None = None
+    created: _Time | None = None
+
+
+# ── From shape to columns ───────────────────────────────────────────────────────────────────────────────────────
+
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "customers": (
+        *("email", "name", "phone", "description", "currency", "balance", "delinquent"),
+        *("default_payment_method", "metadata", "created", "deleted_at"),
+    ),
+    "subscriptions": (
+        *("customer", "status", "currency", "price", "quantity", "items", "current_period_start"),
+        *(
+            "current_period_end",
+            "cancel_at_period_end",
+            "cancel_at",
+            "canceled_at",
+            "ended_at",
+            "trial_start",
+        ),
+        *(
+            "trial_end",
+            "default_payment_method",
+            "latest_invoice",
+            "collection_method",
+            "metadata",
+            "created",
+        ),
+    ),
+    "invoices": (
+        *("customer", "subscription", "number", "status", "currency", "amount_due", "amount_paid"),
+        *("amount_remaining", "subtotal", "total", "attempt_count", "billing_reason", "collection_method"),
+        *("due_date", "period_start", "period_end", "paid_at", "hosted_invoice_url", "invoice_pdf"),
+        *("metadata", "created", "deleted_at"),
+    ),
+    "payment_methods": (
+        *("customer", "type", "brand", "last4", "exp_month", "exp_year", "funding", "country"),
+        *("fingerprint", "metadata", "created", "detached_at"),
+    ),
+}
+
+
+def _customer(o: _Customer, event: Event) -> tuple[Any, ...]:
+    settings = o.invoice_settings
+    return (
+        *(o.email, o.name, o.phone, o.description, o.currency, o.balance, o.delinquent),
+        _id(settings.default_payment_method) if settings else None,
+        *(_json(o.metadata), o.created, event.created if _ends(event) else None),
+    )
+
+
+def _subscription(o: _Subscription, event: Event) -> tuple[Any, ...]:
+    items = o.items.data if o.items else []
+    first = items[0] if items else _Item()
+    return (
+        *(_id(o.customer) or _id(o.customer_account), o.status, o.currency, _price(first), first.quantity),
+        _encode(
+            [{"id": item.id, "price": _price(item), "quantity": item.quantity} for item in items]
+        ).decode(),
+        # Until 2025-03-31.basil the period was the subscription's; since then each item has its own.
+        o.current_period_start if o.current_period_start is not None else first.current_period_start,
+        o.current_period_end if o.current_period_end is not None else first.current_period_end,
+        *(o.cancel_at_period_end, o.cancel_at, o.canceled_at, o.ended_at, o.trial_start, o.trial_end),
+        *(
+            _id(o.default_payment_method),
+            _id(o.latest_invoice),
+            o.collection_method,
+            _json(o.metadata),
+            o.created,
+        ),
+    )
+
+
+def _invoice(o: _Invoice, event: Event) -> tuple[Any, ...]:
+    details = o.parent.subscription_details if o.parent else None
+    return (
+        _id(o.customer) or _id(o.customer_account),
+        # Basil moved it to parent.subscription_details.
+        _id(details.subscription) if details else _id(o.subscription),
+        *(
+            o.number,
+            o.status,
+            o.currency,
+            o.amount_due,
+            o.amount_paid,
+            o.amount_remaining,
+            o.subtotal,
+            o.total,
+        ),
+        *(o.attempt_count, o.billing_reason, o.collection_method, o.due_date, o.period_start, o.period_end),
+        o.status_transitions.paid_at if o.status_transitions else None,
+        *(
+            o.hosted_invoice_url,
+            o.invoice_pdf,
+            _json(o.metadata),
+            o.created,
+            event.created if _ends(event) else None,
+        ),
+    )
+
+
+def _payment_method(o: _PaymentMethod, event: Event) -> tuple[Any, ...]:
+    # The details live under a key named like the type. Other types have nothing that fits these columns.
+    known = o.card or o.us_bank_account or o.sepa_debit or o.bacs_debit or o.au_becs_debit or o.acss_debit
+    details = _Details(known or {})
+    detached = event.type == "payment_method.detached"
+    return (
+        None if detached else _id(o.customer) or _id(o.customer_account),
+        *(o.type, details.text("brand"), details.text("last4"), details.number("exp_month")),
+        *(
+            details.number("exp_year"),
+            details.text("funding"),
+            details.text("country"),
+            details.text("fingerprint"),
+        ),
+        *(_json(o.metadata), o.created, event.created if detached else None),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Details:
+    fields: dict[str, Any]
+
+    def text(self, name: str) -> str | None:
+        value = self.fields.get(name)
+        return value if isinstance(value, str) else None
+
+    def number(self, name: str) -> int | None:
+        value = self.fields.get(name)
+        return value if isinstance(value, int) and abs(value) < 2**63 else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    table: str
+    shape: type[msgspec.Struct]
+    columns_of: Callable[[Any, Event], tuple[Any, ...]]
+    read: Callable[[bytes], Any]
+
+
+def _kind(
+    table: str, shape: type[msgspec.Struct], columns_of: Callable[[Any, Event], tuple[Any, ...]]
+) -> _Kind:
+    data = msgspec.defstruct(f"{shape.__name__}Data", [("object", shape)])
+    whole = msgspec.defstruct(f"{shape.__name__}Event", [("data", data)])
+    return _Kind(table, shape, columns_of, msgspec.json.Decoder(whole).decode)
+
+
+_KINDS: dict[str, _Kind] = {
+    "customer": _kind("customers", _Customer, _customer),
+    "subscription": _kind("subscriptions", _Subscription, _subscription),
+    "invoice": _kind("invoices", _Invoice, _invoice),
+    "payment_method": _kind("payment_methods", _PaymentMethod, _payment_method),
+}
+
+_CUSTOMER_TYPES = ("customer.created", "customer.updated", "customer.deleted")
+
+
+def _kind_of(event: Event) -> _Kind | None:
+    object_type = _object_type(event.type)
+    # A type that speaks of one thing and carries another is not ours to interpret.
+    if (
+        object_type is None
+        or event.thin
+        or event.object_id is None
+        or event.object_type not in (None, object_type)
+    ):
+        return None
+    return _KINDS[object_type]
+
+
+def _object_type(event_type: str) -> str | None:
+    if event_type.startswith("customer.subscription."):
+        return "subscription"
+    if event_type in _CUSTOMER_TYPES:
+        return "customer"
+    if event_type.startswith("invoice.") and event_type != "invoice.upcoming":
+        return "invoice"
+    return "payment_method" if event_type.startswith("payment_method.") else None
+
+
+def table_of(event: Event) -> str | None:
+    """The billing table this event changes, or None where there is none."""
+    kind = _kind_of(event)
+    return kind.table if kind else None
+
+
+def row_of(event: Event, received: datetime) -> Row | None:
+    """The row as `event` tells it, or None where the event has none to tell.
+
+    Raises ProjectionError when the object has a field of a type that Stripe does not document.
+    """
+    kind = _kind_of(event)
+    if kind is None:
+        return None
+    shaped = _shaped(kind, event)
+    if getattr(shaped, "deleted", False) and event.type != "customer.deleted":
+        return None  # a stub of something long gone, carried by an event about something else
+    return _row(kind, event, shaped, received)
+
+
+def row_before(event: Event, received: datetime) -> Row | None:
+    """The row as it was before `event`, from its `previous_attributes`; None where Stripe gives none."""
+    kind, previous = _kind_of(event), event.previous_attributes
+    if kind is None or not previous:
+        return None
+    return _row(kind, event, _converted(kind, _overlaid(event.object, previous)), received)
+
+
+def is_stub(event: Event) -> bool:
+    """Whether this deletion only says that the object is gone, without the object."""
+    return event.type == "customer.deleted" and "created" not in event.object
+
+
+def _row(kind: _Kind, event: Event, shaped: Any, received: datetime) -> Row:
+    return Row(
+        kind.table,
+        cast(str, event.object_id),
+        event.account,
+        event.livemode,
+        kind.columns_of(shaped, event),
+        event.id,
+        received,
+        _rank(kind, event, shaped),
+    )
+
+
+def _shaped(kind: _Kind, event: Event) -> Any:
+    # PostgreSQL's text and jsonb hold no NUL; JSON does. Such bodies take the slow road, cleaned on the way.
+    if b"\\u0000" in event.body:
+        return _converted(kind, _without_nul(event.object))
+    try:
+        return kind.read(event.body).data.object
+    except msgspec.ValidationError as error:
+        raise ProjectionError(str(error)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return _converted(kind, event.object)
+
+
+def _converted(kind: _Kind, value: dict[str, Any]) -> Any:
+    try:
+        return msgspec.convert(value, kind.shape)
+    except msgspec.ValidationError as error:
+        raise ProjectionError(str(error)) from None
+
+
+def _without_nul(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.replace("\0", "\N{REPLACEMENT CHARACTER}")
+    if isinstance(value, list):
+        return [_without_nul(item) for item in value]
+    if isinstance(value, dict):
+        return {_without_nul(key): _without_nul(item) for key, item in value.items()}
+    return value
+
+
+def _overlaid(now: Any, before: dict[str, Any]) -> dict[str, Any]:
+    # Stripe gives changed keys only; of a changed hash only the changed keys within; lists whole.
+    merged = dict(now) if isinstance(now, dict) else {}
+    for name, value in before.items():
+        merged[name] = _overlaid(merged.get(name), value) if isinstance(value, dict) else value
+    return merged
+
+
+_encode = msgspec.json.Encoder(order="deterministic").encode
+
+
+def _json(value: dict[str, Any] | None) -> str:
+    return _encode(value).decode() if value else "{}"
+
+
+def _id(value: Any) -> str | None:
+    if isinstance(value, dict):
+        value = value.get("id")
+    return value if isinstance(value, str) and value else None
+
+
+def _price(item: _Item) -> str | None:
+    return (item.price.id if item.price else None) or (item.plan.id if item.plan else None)
+
+
+# ── Rank ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_INVOICE_STEPS = {"draft": 0, "open": 1, "uncollectible": 2, "paid": 3, "void": 3}
+_SUBSCRIPTION_STEPS = {"incomplete": 0, "canceled": 2, "incomplete_expired": 2}
+_FINAL_STATUSES = frozenset({"paid", "void", "canceled", "incomplete_expired"})
+_FIRST_TYPES = frozenset(
+    {"customer.created", "customer.subscription.created", "invoice.created", "payment_method.attached"}
+)
+_LAST_TYPES = frozenset(
+    {"customer.deleted", "customer.subscription.deleted", "invoice.deleted", "payment_method.detached"}
+)
+
+
+_TERMINAL = 1 << 56
+
+
+def _ends(event: Event) -> bool:
+    return event.type in _LAST_TYPES
+
+
+def _rank(kind: _Kind, event: Event, shaped: Any) -> int:
+    status = getattr(shaped, "status", None)
+    terminal = _ends(event) or status in _FINAL_STATUSES
+    step, attempts = 0, 0
+    if kind.table == "invoices":
+        step = _INVOICE_STEPS.get(status or "", 1)
+        attempts = min(max(shaped.attempt_count or 0, 0), 255)
+    elif kind.table == "subscriptions":
+        step = _SUBSCRIPTION_STEPS.get(status or "", 1)
+    stage = 2 if _ends(event) else 0 if event.type in _FIRST_TYPES else 1
+    whole = not (kind.table == "customers" and shaped.deleted and shaped.created is None)
+    return terminal * _TERMINAL | event.created << 14 | step << 12 | stage << 10 | attempts << 1 | whole
+
+
+# ── Writing ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def highest(rows: Iterable[Row]) -> list[Row]:
+    """The row of highest rank for each object; of equals, the one of the greater event id."""
+    best: dict[Place, Row] = {}
+    for row in rows:
+        other = best.get(row.place)
+        if other is None or (other.rank, other.event_id) < (row.rank, row.event_id):
+            best[row.place] = row
+    return list(best.values())
+
+
+async def write(db: Connection, rows: Sequence[Row], *, force: bool = False) -> dict[Place, Standing]:
+    """Write `rows` (one for each object at most) where they outrank what is there; say how those rows stood before.
+
+    One round trip for each table. `force` writes whatever the rank: for settling a tie, and nothing else.
+    """
+    before: dict[Place, Standing] = {}
+    for table in TABLES:
+        mine = [row for row in rows if row.table == table]
+        if not mine:
+            continue
+        columns = zip(*((*row.key, *row.values, *_tail(row)) for row in mine), strict=True)
+        found: list[asyncpg.Record] = await db.fetch(_SQL[f"project_{table}"], *map(list, columns), force)
+        for key_id, account, livemode, rank, event_id in found:
+            before[table, (key_id, account, livemode)] = Standing(table, rank, event_id)
+    return before
+
+
+def _tail(row: Row) -> tuple[Any, ...]:
+    return row.event_id, row.received, row.rank, row.evidence
+
+
+def marked(row: Row, evidence: str) -> Row:
+    """`row`, saying how sure its order is: `decided` or `undecided`."""
+    return replace(row, evidence=evidence)

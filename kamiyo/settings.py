@@ -1,0 +1,249 @@
+"""All settings: one validated object, built at a door and passed down.
+
+Values come from the environment and from `.env` (the environment wins). A wrong one stops the start with a
+sentence that names the variable and says what it takes. `.env.example` is generated from this file:
+`python -m kamiyo.settings > .env.example`.
+"""
+
+import sys
+import textwrap
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from kamiyo.errors import SettingsError
+
+
+class Environment(StrEnum):
+    """Where this runs: `production` refuses what is only convenient in `development`."""
+
+    development = "development"
+    production = "production"
+
+
+class LogFormat(StrEnum):
+    """`auto` is `console` on a terminal and `json` anywhere else."""
+
+    auto = "auto"
+    json = "json"
+    console = "console"
+
+
+def _setting(name: str, default: Any, description: str, **bounds: Any) -> Any:
+    return Field(default=default, validation_alias=name, description=description, **bounds)
+
+
+class Settings(BaseSettings):
+    """Kamiyo's settings. Every field's description is what `.env.example` and the reference say of it."""
+
+    model_config = SettingsConfigDict(
+        env_file=".env", env_file_encoding="utf-8", extra="ignore", frozen=True, hide_input_in_errors=True
+    )
+
+    stripe_webhook_secret: SecretStr = _setting(
+        "STRIPE_WEBHOOK_SECRET",
+        SecretStr(""),
+        "Signing secret of the Stripe endpoint (whsec_…). Several, separated by commas, are all accepted: "
+        "rotation, live and test, platform and Connect. Without one every delivery is answered 503.",
+    )
+    admin_api_key: SecretStr = _setting(
+        "ADMIN_API_KEY",
+        SecretStr(""),
+        "Key for the calls and pages of operators (header X-Admin-Key). Without one they answer 503. "
+        "Make one with: openssl rand -hex 32",
+    )
+    stripe_secret_key: SecretStr = _setting(
+        "STRIPE_SECRET_KEY", SecretStr(""), "Stripe API key (sk_… or rk_…). Receiving works without it."
+    )
+    stripe_publishable_key: str = _setting(
+        "STRIPE_PUBLISHABLE_KEY", "", "Stripe publishable key (pk_…). Not used here; kept beside the others."
+    )
+    database_url: SecretStr | None = _setting(
+        "DATABASE_URL",
+        None,
+        "PostgreSQL 14 or newer, as postgresql://user:password@host:5432/name. Without it an embedded "
+        "PostgreSQL is started, and its data kept in KAMIYO_DATA_DIR.",
+    )
+    data_dir: Path = _setting(
+        "KAMIYO_DATA_DIR", Path(".kamiyo"), "Folder of the embedded PostgreSQL and of the development secret."
+    )
+    environment: Environment = _setting(
+        "KAMIYO_ENV",
+        Environment.production,
+        "development or production. `make run` says development: it makes itself a signing secret and an admin key.",
+    )
+    host: str = _setting(
+        "HOST", "127.0.0.1", "Address `kamiyo serve` listens on; 0.0.0.0 for every interface."
+    )
+    port: int = _setting("PORT", 8000, "Port `kamiyo serve` listens on.", ge=1, le=65535)
+    handlers: str = _setting(
+        "KAMIYO_HANDLERS",
+        "",
+        "Python modules with @on(…) handlers, separated by commas, imported at the start: myapp.billing",
+    )
+    auto_migrate: bool = _setting(
+        "KAMIYO_AUTO_MIGRATE",
+        True,
+        "Complete missing migrations at the start. Off: the start says what to run, and stops.",
+    )
+    worker: bool = _setting(
+        "KAMIYO_WORKER",
+        True,
+        "Process events inside the server too. Off where `kamiyo worker` runs on its own.",
+    )
+    worker_concurrency: int = _setting(
+        "KAMIYO_WORKER_CONCURRENCY",
+        4,
+        "Batches a worker works on at the same time, each on a connection of its own.",
+        ge=1,
+        le=64,
+    )
+    worker_batch: int = _setting(
+        "KAMIYO_WORKER_BATCH", 200, "Events a worker claims at a time, at most.", ge=1, le=5000
+    )
+    handler_timeout: float = _setting(
+        "KAMIYO_HANDLER_TIMEOUT",
+        30.0,
+        "Seconds one handler may take; then its try has failed and is retried by the curve.",
+        gt=0,
+        le=3600,
+    )
+    first_retry_delay: float = _setting(
+        "KAMIYO_FIRST_RETRY_DELAY",
+        10.0,
+        "Seconds before the second try of a failed event; each later wait is six times the one before.",
+        ge=0.01,
+        le=3600,
+    )
+    signature_tolerance: int = _setting(
+        "KAMIYO_SIGNATURE_TOLERANCE",
+        300,
+        "Seconds a signature's time stamp may be old or early. Never 0: that would switch replay protection off.",
+        ge=1,
+        le=86400,
+    )
+    max_body_bytes: int = _setting(
+        "KAMIYO_MAX_BODY_BYTES",
+        1_048_576,
+        "Longest body accepted, in bytes; a longer one is answered 413.",
+        ge=1024,
+    )
+    max_waiting: int = _setting(
+        "KAMIYO_MAX_WAITING",
+        2000,
+        "Deliveries that may wait for their commit in one process; beyond it they are answered 503 at once, "
+        "so that Stripe delivers again later and memory stays bounded.",
+        ge=1,
+    )
+    commit_timeout: float = _setting(
+        "KAMIYO_COMMIT_TIMEOUT",
+        10.0,
+        "Seconds a delivery waits for its commit before it is answered 503. Stripe gives up after about 20.",
+        gt=0,
+        le=60,
+    )
+    pool_size: int = _setting(
+        "KAMIYO_POOL_SIZE", 10, "Database connections of one process, at most.", ge=4, le=500
+    )
+    shutdown_grace: float = _setting(
+        "KAMIYO_SHUTDOWN_GRACE",
+        20.0,
+        "Seconds a stopping process may take to finish what is in flight.",
+        gt=0,
+        le=600,
+    )
+    metrics: bool = _setting("KAMIYO_METRICS", True, "Answer /metrics for Prometheus; off: 404.")
+    log_level: str = _setting(
+        "KAMIYO_LOG_LEVEL", "info", "debug, info, warning or error.", pattern="^(debug|info|warning|error)$"
+    )
+    log_format: LogFormat = _setting(
+        "KAMIYO_LOG_FORMAT", LogFormat.auto, "auto (readable on a terminal, JSON elsewhere), json or console."
+    )
+
+    @field_validator("database_url", mode="before")
+    @classmethod
+    def _empty_is_unset(cls, value: Any) -> Any:
+        return value or None
+
+    @field_validator("database_url")
+    @classmethod
+    def _is_postgres(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not value.get_secret_value().startswith(("postgresql://", "postgres://")):
+            raise ValueError("must be a PostgreSQL address: postgresql://user:password@host:5432/name")
+        return value
+
+    @property
+    def webhook_secrets(self) -> tuple[str, ...]:
+        """The signing secrets, in the order given."""
+        return tuple(
+            part.strip() for part in self.stripe_webhook_secret.get_secret_value().split(",") if part.strip()
+        )
+
+    @property
+    def handler_modules(self) -> tuple[str, ...]:
+        """Names of the modules to import for their handlers."""
+        return tuple(part.strip() for part in self.handlers.split(",") if part.strip())
+
+    @property
+    def development(self) -> bool:
+        """Whether this process may be generous to a newcomer."""
+        return self.environment is Environment.development
+
+
+_Overrides = Annotated[Any, "values by environment variable name; they win over everything"]
+
+
+def load_settings(**overrides: _Overrides) -> Settings:
+    """Read the environment and `.env`.
+
+    Raises SettingsError with one line for each variable that is wrong: its name and what it takes, never its value.
+    """
+    try:
+        return Settings(**overrides)
+    except ValidationError as error:
+        lines = [f"{_variable(problem['loc'])}: {_takes(problem)}" for problem in error.errors()]
+        raise SettingsError("\n".join(lines)) from None
+
+
+def _variable(location: tuple[int | str, ...]) -> str:
+    return str(location[0]) if location else "settings"
+
+
+def _takes(problem: Any) -> str:
+    field = _field_of(_variable(problem["loc"]))
+    said = str(problem["msg"]).removeprefix("Value error, ")
+    sentence = said[:1].lower() + said[1:]
+    return f"{sentence}. {field.description}" if field and field.description else sentence
+
+
+def _field_of(variable: str) -> FieldInfo | None:
+    return next(
+        (field for field in Settings.model_fields.values() if field.validation_alias == variable), None
+    )
+
+
+def env_example() -> str:
+    """The text of `.env.example`: every variable with what it does and its default."""
+    lines = [
+        "# Kamiyo's settings. Copy to .env and change what you need; the environment wins over this file.",
+        "# Generated: python -m kamiyo.settings > .env.example",
+        "",
+    ]
+    for field in Settings.model_fields.values():
+        lines += [f"# {line}" for line in textwrap.wrap(field.description or "", 110)]
+        lines += [f"# {field.validation_alias}={_shown(field.default)}", ""]
+    return "\n".join(lines)
+
+
+def _shown(default: Any) -> str:
+    if default is None or isinstance(default, SecretStr):
+        return ""
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(env_example())

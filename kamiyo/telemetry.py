@@ -1,0 +1,199 @@
+"""The only place that words log lines and counts metrics.
+
+Code says what happened: `happened("event_died", event_id=…, attempt=5)`. This file decides how loud it is and how the
+line reads. A name that is not in `_LEVELS` is an error, so the table below is the list of everything that is ever
+logged. No fact may hold a secret, a payload or a customer's data: ids, types, counts, durations and reasons only.
+
+Metrics follow Prometheus: each process counts its own, and several processes behind one address share a directory
+(`PROMETHEUS_MULTIPROC_DIR`, made by itself for the workers of one server), so that a scrape adds them up.
+"""
+
+import logging
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+# Must be set before prometheus_client is imported: it decides then where values live. Processes started by one
+# parent (uvicorn --workers) share the parent's directory; a single process needs none.
+if multiprocessing.parent_process() is not None and "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+    _shared = Path(tempfile.gettempdir()) / f"kamiyo-metrics-{os.getppid()}"
+    _shared.mkdir(mode=0o700, exist_ok=True)
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(_shared)
+
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    REGISTRY,
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    generate_latest,
+    multiprocess,
+)
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+#: Types that have a label of their own; any other counts as `other`, so that a sender cannot mint labels.
+KNOWN_TYPES = frozenset(
+    {
+        *("customer.created", "customer.updated", "customer.deleted"),
+        *("customer.subscription.created", "customer.subscription.updated", "customer.subscription.deleted"),
+        *(
+            "invoice.payment_succeeded",
+            "invoice.payment_failed",
+            "payment_method.attached",
+            "payment_method.detached",
+        ),
+    }
+)
+_labelled: set[str] = set(KNOWN_TYPES)
+
+EVENTS = Counter("webhook_events_total", "Events by outcome.", ["event_type", "status"])
+DURATION = Histogram(
+    "webhook_processing_duration_seconds",
+    "Time to process one event: projection, handlers, settling.",
+    ["event_type"],
+    buckets=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
+)
+RECEIVED = Counter("webhook_received_total", "New events committed.", ["event_type"])
+DUPLICATES = Counter("webhook_duplicates_total", "Deliveries of events already stored.")
+REJECTED = Counter("webhook_rejected_total", "Deliveries refused, by reason.", ["reason"])
+RETRIES = Counter("webhook_retries_total", "Failed tries that will be tried again.", ["event_type"])
+DEAD = Counter("webhook_dead_total", "Events given up after their last try.", ["event_type"])
+COMMIT = Histogram(
+    "webhook_commit_duration_seconds",
+    "Time of one group commit.",
+    buckets=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1, 5),
+)
+BATCH = Histogram(
+    "webhook_commit_batch_size", "Events in one group commit.", buckets=(1, 2, 5, 10, 25, 50, 100, 250, 500)
+)
+
+_DEBUG, _INFO, _WARNING, _ERROR = logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR
+
+#: Everything that is ever logged, and how loud.
+_LEVELS: dict[str, int] = {
+    # doors
+    "started": _INFO,
+    "stopping": _INFO,
+    "stopped": _INFO,
+    "settings_insecure": _WARNING,
+    "handlers_loaded": _INFO,
+    # receiving
+    "event_received": _INFO,
+    "duplicate_received": _INFO,
+    "delivery_rejected": _WARNING,
+    "delivery_unavailable": _ERROR,
+    "client_left": _DEBUG,
+    # processing
+    "event_processed": _INFO,
+    "try_failed": _WARNING,
+    "event_died": _ERROR,
+    "worker_death_found": _ERROR,
+    "batch_taken_apart": _INFO,
+    "claim_lost": _WARNING,
+    "order_undecided": _WARNING,
+    "worker_turn_failed": _ERROR,
+    "claims_given_back": _INFO,
+    # database
+    "database_away": _ERROR,
+    "database_back": _INFO,
+    "migrated": _INFO,
+    "maintenance_failed": _WARNING,
+    # by hand
+    "admin_refused": _WARNING,
+    "events_retried": _INFO,
+    "events_pruned": _INFO,
+}
+
+_log = structlog.get_logger("kamiyo")
+
+
+def configure_logging(*, level: str = "info", as_json: bool) -> None:
+    """Set up structured logging for this process: JSON lines, or readable ones with colours on a terminal."""
+    renderer: Any = (
+        structlog.processors.JSONRenderer()
+        if as_json
+        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    )
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+
+
+def happened(name: str, /, **facts: Any) -> None:
+    """Log that something happened. Raises KeyError for a name that is not in the table above."""
+    _log.log(_LEVELS[name], name, **facts)
+
+
+def label_types(types: Iterable[str]) -> None:
+    """Give these event types labels of their own in the metrics: those that handlers are registered for."""
+    _labelled.update(types)
+
+
+def label(event_type: str) -> str:
+    """The bounded `event_type` label."""
+    return event_type if event_type in _labelled else "other"
+
+
+class QueueGauges(Collector):
+    """What only the database knows, as gauges: the same from every process, so take max(), not sum().
+
+    `numbers` is replaced by the worker's maintenance turn and by each scrape that can reach the database.
+    """
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, float] = {}
+
+    def collect(self) -> Iterable[Metric]:
+        """The latest numbers."""
+        for name, (key, text) in _GAUGES.items():
+            if key in self.numbers:
+                yield GaugeMetricFamily(name, text, value=self.numbers[key])
+
+
+_GAUGES = {
+    "webhook_backlog_events": ("backlog", "Events waiting or in work."),
+    "webhook_oldest_due_seconds": ("oldest_due_seconds", "How long the oldest due event has waited."),
+    "webhook_dead_events": ("dead", "Events that are dead: each needs a person."),
+    "webhook_database_up": ("database_up", "1 while the database answers."),
+}
+
+QUEUE = QueueGauges()
+REGISTRY.register(QUEUE)
+
+
+def exposition() -> tuple[bytes, str]:
+    """The page Prometheus scrapes, and its content type; over all processes of this server."""
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        registry = CollectorRegistry()
+        multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]  # untyped in the library
+        registry.register(QUEUE)
+        return generate_latest(registry), CONTENT_TYPE_LATEST
+    return generate_latest(REGISTRY), CONTENT_TYPE_LATEST
+
+
+def shared_metrics_directory() -> Path:
+    """Make and announce the directory that several processes of one server share; the caller removes it."""
+    directory = Path(tempfile.mkdtemp(prefix="kamiyo-metrics-"))
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(directory)
+    return directory
+
+
+def remove_shared_metrics(directory: Path) -> None:
+    """Remove what `shared_metrics_directory` made."""
+    shutil.rmtree(directory, ignore_errors=True)

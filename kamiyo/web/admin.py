@@ -1,0 +1,349 @@
+"""The calls of operators, and the two that anyone may make: health and supported events."""
+
+import base64
+import binascii
+import hmac
+import json
+import struct
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any, Literal
+
+import asyncpg
+from fastapi import APIRouter, Depends, Header, HTTPException, Query, Request, Response
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+
+from kamiyo import handlers, inbox
+from kamiyo.database import UNAVAILABLE, Connection
+from kamiyo.errors import (
+    AdminError,
+    AdminKeyInvalid,
+    AdminKeyMissing,
+    DatabaseUnavailable,
+    ReceiveError,
+    Unavailable,
+)
+from kamiyo.event import LONGEST_NAME, decode
+from kamiyo.inbox import Filters
+from kamiyo.settings import Settings
+from kamiyo.telemetry import happened
+from kamiyo.web import models
+from kamiyo.web.system import System
+
+_UNAUTHORIZED: dict[int | str, dict[str, Any]] = {
+    401: {"model": models.Detail, "description": "The `X-Admin-Key` header is absent or wrong."},
+    503: {"model": models.Detail, "description": "No admin key is configured, or the database is away."},
+}
+_UNKNOWN: dict[int | str, dict[str, Any]] = {
+    404: {"model": models.Detail, "description": "No event has this id."}
+}
+
+_NOT_NOW: tuple[type[BaseException], ...] = (*UNAVAILABLE, asyncpg.UndefinedTableError)
+
+#: Names come from URLs and go to PostgreSQL's text, which holds no NUL.
+_Name = Annotated[str, Query(max_length=LONGEST_NAME, pattern=r"^[^\x00]+$")]
+_Moment = Annotated[
+    datetime, Query(description="RFC 3339, e.g. 2026-11-01T00:00:00Z; UTC where no offset is given.")
+]
+_Status = Literal["pending", "processing", "processed", "failed"]
+
+
+class AnsweringRoute(APIRoute):
+    """Turns Kamiyo's errors into their answers by itself: a router has no exception handlers of its own to bring."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """FastAPI's handler, wrapped."""
+        handler = super().get_route_handler()
+
+        async def answer(request: Request) -> Response:
+            try:
+                return await handler(request)
+            except (AdminError, ReceiveError) as error:
+                headers = {"Retry-After": str(error.retry_after)} if error.retry_after is not None else None
+                return JSONResponse({"detail": error.detail}, error.status, headers)
+
+        return answer
+
+
+def admin_router(current: Callable[[], System | None], settings: Callable[[], Settings]) -> APIRouter:
+    """The calls under `/api/v1/webhooks`, but for the receiving one."""
+    router = APIRouter(route_class=AnsweringRoute)
+
+    def system() -> System:
+        running = current()
+        if running is None:
+            raise Unavailable("the application's lifespan has not started")
+        return running
+
+    @asynccontextmanager
+    async def connection() -> AsyncIterator[Connection]:
+        try:
+            async with system().pool.acquire(timeout=5) as db:
+                yield db
+        except _NOT_NOW as error:
+            raise DatabaseUnavailable from error
+
+    def admin(x_admin_key: Annotated[str | None, Header(description="ADMIN_API_KEY")] = None) -> None:
+        key = settings().admin_api_key.get_secret_value()
+        if not key:
+            raise AdminKeyMissing
+        if not hmac.compare_digest(key.encode(), (x_admin_key or "").encode("utf-8", "replace")):
+            happened("admin_refused")
+            raise AdminKeyInvalid
+
+    guarded: dict[str, Any] = {"dependencies": [Depends(admin)], "tags": ["operators"]}
+
+    @router.get(
+        "/health",
+        tags=["webhooks"],
+        summary="How the webhook system is",
+        response_model=models.Health,
+        responses={
+            503: {"model": models.Health, "description": "Unhealthy: no database, or over 20 % failed."}
+        },
+    )
+    async def health() -> Response:
+        """`degraded` when over 10 % of the last 24 hours failed or the oldest due event waits over 5 minutes."""
+        try:
+            async with connection() as db:
+                row = await inbox.health(db)
+        except Unavailable:
+            return _health("unhealthy", "down", 0, 0)
+        status: str = row["status"]
+        word = "operational" if status == "healthy" else "degraded"
+        return _health(status, word, row["events_last_24h"], row["failed_events_last_24h"])
+
+    @router.get(
+        "/supported-events",
+        tags=["webhooks"],
+        summary="The event types that change something here",
+        response_model=models.SupportedEvents,
+    )
+    async def supported_events() -> dict[str, Any]:
+        """The ten of the guide, and those that handlers of your own are registered for."""
+        types = handlers.supported_types()
+        return {"status": "success", "supported_events": types, "count": len(types)}
+
+    @router.get(
+        "/statistics",
+        summary="What came in, by type",
+        response_model=models.Statistics,
+        responses=_UNAUTHORIZED,
+        **guarded,
+    )
+    async def statistics(days: Annotated[int, Query(ge=1, le=3650)] = 7) -> dict[str, Any]:
+        """Counts of the events received in the last `days`, by where they stand now."""
+        async with connection() as db:
+            rows = await inbox.statistics(db, days)
+        return _statistics(rows, days)
+
+    @router.get(
+        "/events", summary="List events", response_model=models.EventPage, responses=_UNAUTHORIZED, **guarded
+    )
+    async def list_events(
+        status: _Status | None = None,
+        type: _Name | None = None,
+        customer: _Name | None = None,
+        object_id: _Name | None = None,
+        account: _Name | None = None,
+        since: _Moment | None = None,
+        until: _Moment | None = None,
+        cursor: Annotated[str | None, Query(description="`next` of the page before.", max_length=64)] = None,
+        limit: Annotated[int, Query(ge=1, le=500)] = 50,
+    ) -> dict[str, Any]:
+        """Newest first. Every filter is optional; a page is found by its position, so deep pages cost the same."""
+        filters = Filters(status, type, customer, object_id, account, _utc(since), _utc(until))
+        async with connection() as db:
+            rows = await inbox.listed(db, filters, before=_position(cursor), limit=limit + 1)
+        more, rows = len(rows) > limit, rows[:limit]
+        return {
+            "status": "success",
+            "count": len(rows),
+            "events": [_summary(row) for row in rows],
+            "next": _cursor(rows[-1]["created_at"], rows[-1]["seq"]) if more else None,
+        }
+
+    @router.get(
+        "/events/failed/list",
+        summary="List failed events",
+        response_model=models.FailedEvents,
+        responses=_UNAUTHORIZED,
+        **guarded,
+    )
+    async def failed_events(limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> dict[str, Any]:
+        """Newest first, each with its last error. `next_try_at` is null for those that are dead."""
+        async with connection() as db:
+            rows = await inbox.failed(db, limit)
+        return {
+            "status": "success",
+            "count": len(rows),
+            "events": [_account_or_none(dict(row)) for row in rows],
+        }
+
+    @router.post(
+        "/events/replay",
+        summary="Run many events again",
+        response_model=models.Replayed,
+        responses=_UNAUTHORIZED,
+        **guarded,
+    )
+    async def replay(
+        status: Literal["failed", "processed"] = "failed",
+        type: _Name | None = None,
+        customer: _Name | None = None,
+        object_id: _Name | None = None,
+        account: _Name | None = None,
+        since: _Moment | None = None,
+        until: _Moment | None = None,
+        fingerprint: Annotated[str | None, Query(max_length=64, pattern="^[0-9a-f]+$")] = None,
+        dry_run: Annotated[bool, Query(description="Only count what would run again.")] = False,
+    ) -> dict[str, Any]:
+        """By the filters of the list; the failed ones unless `status` says otherwise. Written to the audit."""
+        filters = Filters(status, type, customer, object_id, account, _utc(since), _utc(until))
+        async with connection() as db:
+            matched = await inbox.count_matching(db, filters, fingerprint)
+            replayed = 0 if dry_run else await inbox.replay(db, filters, fingerprint)
+        happened("events_retried", count=replayed, dry_run=dry_run)
+        return {"status": "success", "dry_run": dry_run, "matched_count": matched, "replayed_count": replayed}
+
+    @router.get(
+        "/events/{event_id}",
+        summary="One event, with its payload and every failed try",
+        response_model=models.EventDetail,
+        responses={**_UNAUTHORIZED, **_UNKNOWN},
+        **guarded,
+    )
+    async def get_event(event_id: str) -> dict[str, Any]:
+        """Everything that is known of one event."""
+        async with connection() as db:
+            row, failures = await inbox.one(db, _clean(event_id))
+        body: bytes | None = row["body"]
+        return {
+            **_summary(row),
+            "payload": _presentable(body) if body is not None else None,
+            "failures": [dict(failure) for failure in failures],
+        }
+
+    @router.post(
+        "/events/{event_id}/retry",
+        summary="Run a failed event again",
+        response_model=models.Retried,
+        responses={
+            **_UNAUTHORIZED,
+            **_UNKNOWN,
+            409: {"model": models.Detail, "description": "The event is not failed."},
+        },
+        **guarded,
+    )
+    async def retry(event_id: str) -> dict[str, Any]:
+        """Puts it back in line, now, with five new tries."""
+        async with connection() as db:
+            await inbox.retry(db, _clean(event_id))
+        happened("events_retried", count=1, event_id=event_id)
+        return {"status": "success", "message": "Event queued for retry", "event_id": event_id}
+
+    @router.post(
+        "/cleanup",
+        summary="Remove old processed events",
+        response_model=models.CleanedUp,
+        responses=_UNAUTHORIZED,
+        **guarded,
+    )
+    async def cleanup(days: Annotated[int, Query(ge=1, le=3650)] = 30) -> dict[str, Any]:
+        """Never touches an event that is not processed. Ids are remembered for as long as Stripe may send them."""
+        async with connection() as db:
+            deleted = await inbox.prune(db, datetime.now(UTC) - timedelta(days=days))
+            await inbox.audit(db, "cleanup", {"days": days}, deleted)
+        happened("events_pruned", count=deleted, days=days)
+        return {"status": "success", "deleted_count": deleted, "older_than_days": days}
+
+    return router
+
+
+def _health(status: str, word: str, events: int, failed: int) -> JSONResponse:
+    return JSONResponse(
+        {
+            "status": status,
+            "webhook_system": word,
+            "events_last_24h": events,
+            "failed_events_last_24h": failed,
+            "supported_event_types": len(handlers.supported_types()),
+        },
+        status_code=503 if status == "unhealthy" else 200,
+    )
+
+
+def _statistics(rows: list[asyncpg.Record], days: int) -> dict[str, Any]:
+    by_type = {
+        row["event_type"]: {
+            "total": row["received"],
+            "processed": row["processed"],
+            "failed": row["failed"],
+            "pending": row["pending"],
+            "avg_processing_time_ms": round(row["processing_us"] / 1000 / row["processed"], 3)
+            if row["processed"]
+            else 0,
+        }
+        for row in rows
+    }
+    totals = {
+        name: sum(one[name] for one in by_type.values())
+        for name in ("total", "processed", "failed", "pending")
+    }
+    finished = totals["processed"] + totals["failed"]
+    return {
+        "status": "success",
+        "period_days": days,
+        "summary": {
+            "total_events": totals["total"],
+            "processed": totals["processed"],
+            "failed": totals["failed"],
+            "pending": totals["pending"],
+            "success_rate": round(100 * totals["processed"] / finished, 2) if finished else 100.0,
+        },
+        "by_event_type": by_type,
+    }
+
+
+def _summary(row: asyncpg.Record) -> dict[str, Any]:
+    return _account_or_none(dict(row) | {"processing_time_ms": row["processing_us"] / 1000})
+
+
+def _account_or_none(values: dict[str, Any]) -> dict[str, Any]:
+    return values | {name: values[name] or None for name in ("account", "context") if name in values}
+
+
+def _presentable(body: bytes) -> Any:
+    # What is stored is what was received; a body that no parser takes cannot have been stored.
+    return json.loads(json.dumps(decode(body)))
+
+
+def _clean(event_id: str) -> str:
+    # No stored id has a NUL, and PostgreSQL would refuse to look for one.
+    return event_id.replace("\0", "")[:LONGEST_NAME]
+
+
+def _utc(moment: datetime | None) -> datetime | None:
+    if moment is None:
+        return None
+    try:
+        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    except OverflowError:
+        raise HTTPException(422, "The moment is outside the years 1 to 9999") from None
+
+
+def _cursor(created_at: datetime, seq: int) -> str:
+    microseconds = int(created_at.timestamp()) * 1_000_000 + created_at.microsecond
+    return base64.urlsafe_b64encode(struct.pack(">qq", microseconds, seq)).decode().rstrip("=")
+
+
+def _position(cursor: str | None) -> tuple[datetime, int] | None:
+    if not cursor:
+        return None
+    try:
+        microseconds, seq = struct.unpack(">qq", base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
+        return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=microseconds), seq
+    except (binascii.Error, struct.error, ValueError, OverflowError):
+        raise HTTPException(422, "cursor: take it from `next` of the page before") from None

@@ -1,0 +1,121 @@
+"""The router that is the whole integration, and the application around it."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import cache
+
+from fastapi import APIRouter, FastAPI, HTTPException, Response
+from fastapi.responses import PlainTextResponse
+from starlette.routing import Route
+
+from kamiyo import __version__, telemetry
+from kamiyo.settings import Settings, load_settings
+from kamiyo.web import models
+from kamiyo.web.admin import admin_router
+from kamiyo.web.system import System, running
+from kamiyo.web.webhooks import StripeEndpoint
+
+PREFIX = "/api/v1/webhooks"
+
+
+def create_router(settings: Settings | None = None) -> APIRouter:
+    """A router to include in any FastAPI application: it brings its own lifespan (database, worker, shutdown).
+
+    `settings` default to the environment's, read when the application starts.
+    """
+    current: System | None = None
+
+    @cache
+    def effective() -> Settings:
+        return settings or load_settings()
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        nonlocal current
+        async with running(effective()) as system:
+            current = system
+            try:
+                yield
+            finally:
+                current = None
+
+    router = APIRouter(lifespan=lifespan)
+    endpoint = StripeEndpoint(lambda: current)
+    # The first route that matches answers; the documented one below it is for `/docs`.
+    router.routes.append(Route(f"{PREFIX}/stripe", endpoint, methods=["POST"], include_in_schema=False))
+    _document(router)
+    router.include_router(admin_router(lambda: current, effective), prefix=PREFIX)
+
+    @router.get(
+        "/metrics", tags=["webhooks"], summary="Metrics for Prometheus", response_class=PlainTextResponse
+    )
+    async def metrics() -> Response:
+        """Prometheus' text format; the counts of all processes of this server."""
+        if not effective().metrics:
+            raise HTTPException(404)
+        if current is not None:
+            await current.refresh_gauges()
+        page, content_type = telemetry.exposition()
+        return Response(page, media_type=content_type)
+
+    return router
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """The Kamiyo API: the router in an application of its own."""
+    app = FastAPI(title="Kamiyo API", description=_ABOUT, version=__version__)
+    app.include_router(create_router(settings))
+
+    @app.get("/", include_in_schema=False)
+    async def where_to_look() -> dict[str, str]:
+        return {"name": "Kamiyo API", "docs": "/docs", "health": f"{PREFIX}/health", "metrics": "/metrics"}
+
+    return app
+
+
+_ABOUT = """Stripe's webhooks, received, stored, processed, retried.
+
+Calls of operators take the header `X-Admin-Key`."""
+
+
+def _document(router: APIRouter) -> None:
+    """The receiving call as `/docs` shows it; `StripeEndpoint` answers before FastAPI gets here."""
+
+    @router.post(
+        f"{PREFIX}/stripe",
+        tags=["webhooks"],
+        summary="Receive an event from Stripe",
+        response_model=models.Received,
+        responses={
+            400: {
+                "model": models.Detail,
+                "description": "`Missing Stripe signature header`, `Invalid signature`, or `Invalid payload`.",
+            },
+            413: {"model": models.Detail, "description": "`Payload too large`: over KAMIYO_MAX_BODY_BYTES."},
+            503: {
+                "model": models.Detail,
+                "description": "Not committed, with `Retry-After`: Stripe delivers it again. No secret is configured, "
+                "the database is away, or more is waiting than can be committed soon.",
+                "headers": {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}},
+            },
+        },
+        openapi_extra={
+            "requestBody": {
+                "required": True,
+                "description": "The event, byte for byte as Stripe signed it.",
+                "content": {"application/json": {"schema": {"type": "object"}}},
+            },
+            "parameters": [
+                {
+                    "name": "Stripe-Signature",
+                    "in": "header",
+                    "required": True,
+                    "description": "`t=<unix seconds>,v1=<hex HMAC-SHA256>[,v1=…]`",
+                    "schema": {"type": "string"},
+                }
+            ],
+        },
+    )
+    async def receive_stripe_event() -> None:
+        """Answers 200 only after the event is committed; an event seen before is answered 200 as well."""
+        raise NotImplementedError("StripeEndpoint answers this path")

@@ -1,0 +1,132 @@
+"""One running Kamiyo inside one process: database, receiver, worker; started and stopped together.
+
+The router's lifespan owns it, so `app.include_router(router)` is the whole integration.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import asyncpg
+
+from kamiyo import database, handlers, inbox, telemetry
+from kamiyo.database import DATABASE_ERRORS, UNAVAILABLE, Pool
+from kamiyo.errors import DatabaseUnavailable, KamiyoError
+from kamiyo.postgres import EmbeddedPostgres
+from kamiyo.receive import Receiver
+from kamiyo.settings import Settings
+from kamiyo.telemetry import happened
+from kamiyo.worker import Worker
+
+
+@dataclass
+class System:
+    """What a process needs to receive, process and show events. Make it with `running`."""
+
+    settings: Settings
+    url: str
+    pool: Pool
+    receiver: Receiver
+    worker: Worker
+    _tasks: list[asyncio.Task[None]] = field(default_factory=list)
+
+    async def refresh_gauges(self) -> None:
+        """Ask the database how the queue stands; when it does not answer, say so in the gauges."""
+        try:
+            async with asyncio.timeout(3), self.pool.acquire() as db:
+                queue = await inbox.queue(db)
+            telemetry.QUEUE.numbers = {
+                **{name: float(value) for name, value in queue.items()},
+                "database_up": 1.0,
+            }
+        except DATABASE_ERRORS:
+            telemetry.QUEUE.numbers = {"database_up": 0.0}
+
+
+@contextlib.asynccontextmanager
+async def running(settings: Settings) -> AsyncIterator[System]:
+    """Start everything, and on the way out finish what is in flight within `settings.shutdown_grace` seconds.
+
+    Raises SettingsError, MigrationNeeded or ForeignTables when it must not start. A database that is away does not
+    stop the start: deliveries are answered 503 until it is back.
+    """
+    handlers.load(settings.handler_modules)
+    telemetry.label_types(handlers.registry.types())
+    async with database_url(settings) as url:
+        pool = await database.open_pool(
+            url, size=settings.pool_size, application="kamiyo", idle_limit=settings.handler_timeout + 30
+        )
+        system = System(settings, url, pool, Receiver(pool, settings), Worker(pool, url, settings))
+        try:
+            with contextlib.suppress(DatabaseUnavailable):
+                await _make_ready(system)
+            system._tasks = [asyncio.create_task(_serve(system), name="kamiyo")]
+            happened("started", worker=settings.worker, environment=settings.environment.value)
+            yield system
+        finally:
+            happened("stopping")
+            await _stop(system)
+            happened("stopped")
+
+
+@contextlib.asynccontextmanager
+async def database_url(settings: Settings) -> AsyncIterator[str]:
+    """The address of the database to use, while the block runs: the configured one, or the embedded one's."""
+    if settings.database_url is not None:
+        yield settings.database_url.get_secret_value()
+        return
+    server = await asyncio.to_thread(EmbeddedPostgres.start, settings.data_dir)
+    try:
+        yield server.url
+    finally:
+        await asyncio.to_thread(server.stop)
+
+
+async def _make_ready(system: System) -> None:
+    db = await database.connect(system.url, application="kamiyo start")
+    try:
+        if system.settings.auto_migrate:
+            await database.migrate(db, report=lambda name: happened("migrated", migration=name))
+        else:
+            await database.require_migrations(db)
+        await inbox.ensure_partitions(db)
+    finally:
+        await db.close()
+
+
+async def _serve(system: System) -> None:
+    # Until the database has answered once, the tables may be missing: the start waits for it here.
+    while True:
+        try:
+            await _make_ready(system)
+            break
+        except DatabaseUnavailable:
+            happened("database_away", error="DatabaseUnavailable")
+            await asyncio.sleep(1)
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(system.receiver.run())
+        if system.settings.worker:
+            tasks.create_task(system.worker.run())
+
+
+async def _stop(system: System) -> None:
+    system.receiver.close()
+    system.worker.stop()
+    _, late = (
+        await asyncio.wait(system._tasks, timeout=system.settings.shutdown_grace)
+        if system._tasks
+        else (0, set())
+    )
+    if late:
+        system.worker.abandon()
+        for task in late:
+            task.cancel()
+        await asyncio.wait(late, timeout=5)
+    with contextlib.suppress(TimeoutError, *UNAVAILABLE):
+        async with asyncio.timeout(5):
+            await system.pool.close()
+    system.pool.terminate()
+
+
+__all__ = ["KamiyoError", "System", "database_url", "running"]

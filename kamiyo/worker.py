@@ -1,0 +1,354 @@
+"""The worker: claim, handle, settle. One turn is a function; the loop only decides when to take the next.
+
+A turn claims a batch of due events (`inbox.claim` holds their lanes on this session), brings the billing tables up to
+date for all of them at once, runs the user's handlers one by one, each inside a savepoint, and settles every event,
+well or badly ended, in that same transaction.
+
+What happens when the process dies at any instruction: the session ends, its transaction is undone, its lanes are
+free, and the next claim by anyone finds the events in `processing` with nobody holding them. From then on each of
+them runs alone, its try counted before it starts, so that the one that kills is told from its neighbours and is
+dead after five tries.
+"""
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import asyncpg
+
+from kamiyo import handlers, inbox, projections, retry, telemetry, ties
+from kamiyo.database import DATABASE_ERRORS, Connection, Pool, listening
+from kamiyo.errors import DatabaseUnavailable
+from kamiyo.event import Event
+from kamiyo.handlers import Bury, PayloadGone, Registry, Retry, WorkerDied
+from kamiyo.inbox import Claimed, ClaimLost, Outcome, Settled
+from kamiyo.projections import ProjectionError, Row
+from kamiyo.settings import Settings
+from kamiyo.telemetry import happened
+
+#: Events of one transaction when handlers run in it. Each takes a savepoint, and PostgreSQL keeps the first 64 of a
+#: transaction in memory (PGPROC_MAX_CACHED_SUBXIDS); beyond that every other session's look at a row gets dearer.
+MOST_HANDLED_TOGETHER = 50
+
+# A worker is woken by notices; looking by itself is for notices that were lost, and for the dead.
+_LOOK_EVERY_SECONDS = 2.0
+_AWAY: tuple[type[BaseException], ...] = (*DATABASE_ERRORS, DatabaseUnavailable)
+_FOLD_EVERY_SECONDS = 5.0
+_PARTITIONS_EVERY_SECONDS = 3600.0
+
+
+@dataclass(slots=True)
+class _Trial:
+    """One event on its way through a chunk."""
+
+    claimed: Claimed
+    attempt: int
+    row: Row | None = None
+    error: BaseException | None = None
+    outcome: Outcome = Outcome.ignored
+    seconds: float = 0.0
+    superseded: bool = False
+
+    @property
+    def event(self) -> Event:
+        return self.claimed.event
+
+
+@dataclass
+class Worker:
+    """One worker: any number of them, in any number of processes, share one database."""
+
+    pool: Pool
+    url: str
+    settings: Settings
+    registry: Registry = field(default_factory=lambda: handlers.registry)
+    rng: random.Random = field(default_factory=random.Random)
+
+    def __post_init__(self) -> None:
+        self._wake = asyncio.Event()
+        self._stopping = False
+        self._hands: set[asyncio.Task[None]] = set()
+        self._slow: set[str] = set()
+
+    # ── When ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def wake(self) -> None:
+        """Something is due: look now."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Work until `stop`, through whatever the database does."""
+        async with asyncio.TaskGroup() as tasks:
+            watching = [tasks.create_task(self._listen()), tasks.create_task(self._maintain())]
+            while not self._stopping:
+                self._wake.clear()
+                if len(self._hands) < self.settings.worker_concurrency:
+                    hand = asyncio.create_task(self._lend_a_hand())
+                    self._hands.add(hand)
+                    hand.add_done_callback(self._hands.discard)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_LOOK_EVERY_SECONDS):
+                        await self._wake.wait()
+            for task in watching:
+                task.cancel()
+        if self._hands:
+            await asyncio.wait(self._hands)
+
+    def stop(self) -> None:
+        """Finish the events being handled, give the rest back, and let `run` return."""
+        self._stopping = True
+        self._wake.set()
+
+    def abandon(self) -> None:
+        """The grace is over: give up what is still being handled; its effects are undone, and it runs again."""
+        for hand in self._hands:
+            hand.cancel()
+
+    async def _lend_a_hand(self) -> None:
+        try:
+            async with self.pool.acquire(timeout=10) as db:
+                while not self._stopping and await self.run_once(db):
+                    # More may be due than one hand can carry.
+                    self._wake.set()
+                due_in = None if self._stopping else await inbox.next_due_in(db)
+            if due_in is not None and 0 < due_in < _LOOK_EVERY_SECONDS:
+                asyncio.get_running_loop().call_later(due_in, self._wake.set)
+        except DATABASE_ERRORS as error:
+            # What was claimed is undone, and found again by whoever looks next.
+            happened("worker_turn_failed", error=type(error).__name__)
+            await asyncio.sleep(self.rng.uniform(0.1, 0.5))
+
+    async def _listen(self) -> None:
+        away = False
+        while True:
+            try:
+                async with listening(self.url, self.wake) as db:
+                    if away:
+                        happened("database_back")
+                    away = False
+                    self.wake()
+                    while not db.is_closed():
+                        # Notices come by themselves; asking now and then finds out that nobody is there to send them.
+                        await asyncio.sleep(5)
+                        await db.execute("SELECT 1", timeout=5)
+            except _AWAY as error:
+                if not away:
+                    happened("database_away", error=type(error).__name__)
+                away = True
+                telemetry.QUEUE.numbers["database_up"] = 0
+                await asyncio.sleep(self.rng.uniform(0.2, 1.0))
+
+    async def _maintain(self) -> None:
+        partitions_at = 0.0
+        while True:
+            try:
+                async with self.pool.acquire(timeout=10) as db:
+                    await inbox.fold_counts(db)
+                    if time.monotonic() >= partitions_at:
+                        await inbox.ensure_partitions(db)
+                        await inbox.prune_tombstones(db)
+                        partitions_at = time.monotonic() + _PARTITIONS_EVERY_SECONDS
+            except DATABASE_ERRORS as error:
+                happened("maintenance_failed", error=type(error).__name__)
+            await asyncio.sleep(self.rng.uniform(0.8, 1.2) * _FOLD_EVERY_SECONDS)
+
+    # ── One turn ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def run_once(self, db: Connection) -> int:
+        """Claim a batch, handle it, settle it; return how many events it had. `db` must not be in a transaction."""
+        number, batch = await inbox.claim(db, self.settings.worker_batch)
+        try:
+            if batch:
+                await self._work(db, number, batch)
+        finally:
+            if not db.is_closed():
+                await asyncio.shield(inbox.unlock(db))
+        return len(batch)
+
+    async def _work(self, db: Connection, number: int, batch: Sequence[Claimed]) -> None:
+        fit = []
+        for claimed in batch:
+            if claimed.abandoned and claimed.was_running:
+                await self._record_death(db, number, claimed)
+            elif not claimed.body_kept:
+                await self._fail_alone(db, number, claimed, PayloadGone("its body was removed by retention"))
+            else:
+                fit.append(claimed)
+        for chunk in self._chunks(fit):
+            if self._stopping:
+                await inbox.release(db, number, [claimed.event.id for claimed in chunk])
+                happened("claims_given_back", count=len(chunk))
+                continue
+            try:
+                await self._run_chunk(db, number, chunk)
+            except ClaimLost as error:
+                happened("claim_lost", reason=str(error))
+            except asyncio.CancelledError:
+                if not db.is_closed():
+                    await asyncio.shield(inbox.release(db, number, [claimed.event.id for claimed in chunk]))
+                raise
+
+    def _chunks(self, batch: Sequence[Claimed]) -> Iterator[list[Claimed]]:
+        # Suspects and slow ones run alone. Their customer's other events keep their place in line, so the lane goes
+        # through alone as a whole; the other lanes go together, first.
+        apart = {claimed.lane for claimed in batch if claimed.suspect or claimed.event.type in self._slow}
+        together = [claimed for claimed in batch if claimed.lane not in apart]
+        handled = any(self.registry.of(claimed.event.type) for claimed in together)
+        size = MOST_HANDLED_TOGETHER if handled else max(len(together), 1)
+        for start in range(0, len(together), size):
+            yield together[start : start + size]
+        for claimed in batch:
+            if claimed.lane in apart:
+                yield [claimed]
+
+    async def _run_chunk(self, db: Connection, number: int, chunk: Sequence[Claimed]) -> None:
+        trials = [_Trial(claimed, claimed.attempts + 1) for claimed in chunk]
+        if len(trials) == 1 and self.registry.of(trials[0].event.type):
+            await inbox.start(db, number, trials[0].event.id, trials[0].attempt)
+        try:
+            async with db.transaction():
+                await self._apply(db, number, trials)
+        except asyncpg.PostgresError as error:
+            # The database refused something in the batch that looked right from here. Together they cannot pass, so
+            # each goes alone, and only the one that is refused has failed.
+            if db.is_closed():
+                raise
+            if len(trials) == 1:
+                await self._settle_refused(db, number, trials[0], error)
+            else:
+                happened("batch_taken_apart", count=len(trials))
+                for claimed in chunk:
+                    await self._run_chunk(db, number, [claimed])
+            return
+        self._tell(trials)
+
+    async def _apply(self, db: Connection, number: int, trials: Sequence[_Trial]) -> None:
+        began = time.perf_counter()
+        await _project(db, trials)
+        share = (time.perf_counter() - began) / len(trials)
+        savepoint = False
+        for trial in trials:
+            trial.seconds = share
+            wanted = self.registry.of(trial.event.type)
+            if wanted and trial.error is None:
+                # One round trip keeps the last handler's effects and opens the way back for this one.
+                await db.execute(_NEXT_SAVEPOINT if savepoint else _FIRST_SAVEPOINT)
+                savepoint = True
+                await self._handle(db, trial, wanted)
+        well = [trial for trial in trials if trial.error is None]
+        if well:
+            settled = [Settled(t.event.id, t.outcome, t.attempt, int(t.seconds * 1e6)) for t in well]
+            await inbox.succeed(db, number, settled)
+        for trial in trials:
+            if trial.error is not None:
+                await self._record(db, number, trial)
+
+    async def _handle(self, db: Connection, trial: _Trial, wanted: Sequence[handlers.Handler]) -> None:
+        began = time.perf_counter()
+        event = replace(trial.event, superseded=trial.superseded, attempt=trial.attempt)
+        try:
+            await handlers.run(db, event, wanted, timeout=self.settings.handler_timeout)
+            trial.outcome = Outcome.handled
+        except (Exception, SystemExit) as error:
+            await db.execute(_BACK_TO_SAVEPOINT)
+            trial.error = error
+        took = time.perf_counter() - began
+        trial.seconds += took
+        # A slow handler must not make the other customers of its batch wait, the next time.
+        (self._slow.add if took > 0.02 else self._slow.discard)(trial.event.type)
+
+    # ── Badly ended ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _record(self, db: Connection, number: int, trial: _Trial) -> None:
+        error = trial.error
+        assert error is not None  # noqa: S101 - the callers ask only for failed trials
+        await inbox.fail(
+            *(db, number, trial.event.id, handlers.failure_of(error)),
+            attempt=trial.attempt,
+            retry_in=self._retry_in(error, trial.attempt),
+            microseconds=int(trial.seconds * 1e6),
+        )
+
+    def _retry_in(self, error: BaseException, attempt: int) -> float | None:
+        if isinstance(error, Bury | PayloadGone):
+            return None
+        wait = retry.delay_after(attempt, self.rng, first=self.settings.first_retry_delay)
+        return error.after if isinstance(error, Retry) and wait is not None else wait
+
+    async def _settle_refused(
+        self, db: Connection, number: int, trial: _Trial, error: asyncpg.PostgresError
+    ) -> None:
+        # The refusal undid the billing row as well. It is true whatever the handler came to, so it is written again;
+        # unless it is what was refused.
+        trial.error = trial.error or error
+        try:
+            async with db.transaction():
+                await _project(db, [trial])
+                await self._record(db, number, trial)
+        except asyncpg.PostgresError:
+            if db.is_closed():
+                raise
+            await self._record(db, number, trial)
+        self._tell([trial])
+
+    async def _fail_alone(self, db: Connection, number: int, claimed: Claimed, error: BaseException) -> None:
+        trial = _Trial(claimed, min(claimed.attempts + 1, retry.MAX_ATTEMPTS), error=error)
+        with contextlib.suppress(ClaimLost):
+            await self._record(db, number, trial)
+            self._tell([trial])
+
+    async def _record_death(self, db: Connection, number: int, claimed: Claimed) -> None:
+        # The try was counted when it began.
+        trial = _Trial(
+            claimed, max(claimed.attempts, 1), error=WorkerDied("the worker process died while handling it")
+        )
+        happened("worker_death_found", event_id=claimed.event.id, attempt=trial.attempt)
+        with contextlib.suppress(ClaimLost):
+            await self._record(db, number, trial)
+            self._tell([trial])
+
+    # ── Told after the commit, so that nothing is counted that was undone ────────────────────────────────────────
+
+    def _tell(self, trials: Sequence[_Trial]) -> None:
+        well = [trial for trial in trials if trial.error is None]
+        if well:
+            happened("event_processed", count=len(well), event_ids=[trial.event.id for trial in well])
+        for trial in trials:
+            label = telemetry.label(trial.event.type)
+            telemetry.DURATION.labels(label).observe(trial.seconds)
+            if trial.error is None:
+                telemetry.EVENTS.labels(label, "processed").inc()
+                continue
+            facts = {"event_id": trial.event.id, "event_type": label, "attempt": trial.attempt}
+            failure = handlers.failure_of(trial.error)
+            facts |= {"error": failure.error_type, "fingerprint": failure.fingerprint}
+            if self._retry_in(trial.error, trial.attempt) is None:
+                telemetry.EVENTS.labels(label, "failed").inc()
+                telemetry.DEAD.labels(label).inc()
+                happened("event_died", **facts)
+            else:
+                telemetry.RETRIES.labels(label).inc()
+                happened("try_failed", **facts)
+
+
+_FIRST_SAVEPOINT = "SAVEPOINT handler"
+_NEXT_SAVEPOINT = "RELEASE SAVEPOINT handler; SAVEPOINT handler"
+_BACK_TO_SAVEPOINT = "ROLLBACK TO SAVEPOINT handler"
+
+
+async def _project(db: Connection, trials: Sequence[_Trial]) -> None:
+    """Bring the billing tables up to date with all of `trials`, and note how each event stands to its row."""
+    for trial in trials:
+        try:
+            trial.row = projections.row_of(trial.event, trial.claimed.received)
+        except ProjectionError as error:
+            trial.error = trial.error or error
+        if trial.row is not None:
+            trial.outcome = Outcome.projected
+    told = [(trial.event, trial.row) for trial in trials if trial.row is not None]
+    superseded = await ties.project(db, told)
+    for trial in trials:
+        trial.superseded = trial.event.id in superseded
