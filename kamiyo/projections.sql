@@ -180,3 +180,31 @@ WITH incoming AS (
     WHERE b.last_event_rank < excluded.last_event_rank OR $20::boolean
 )
 SELECT id, account, livemode, last_event_rank, last_webhook_event_id FROM standing;
+
+-- name: hold_tables
+-- Other writers wait until the rebuild commits; readers do not.
+LOCK TABLE billing.customers, billing.subscriptions, billing.invoices, billing.payment_methods IN EXCLUSIVE MODE;
+
+-- name: forget_customers
+-- The rows that can be made again: their last event is still here, with its body.
+DELETE FROM billing.customers AS b USING webhook_events AS e
+WHERE e.event_id = b.last_webhook_event_id
+  AND EXISTS (SELECT FROM webhook_payloads AS p WHERE p.seq = e.seq AND p.created_at = e.created_at);
+
+-- name: forget_subscriptions
+-- The rows that can be made again: their last event is still here, with its body.
+DELETE FROM billing.subscriptions AS b USING webhook_events AS e
+WHERE e.event_id = b.last_webhook_event_id
+  AND EXISTS (SELECT FROM webhook_payloads AS p WHERE p.seq = e.seq AND p.created_at = e.created_at);
+
+-- name: forget_invoices
+-- The rows that can be made again: their last event is still here, with its body.
+DELETE FROM billing.invoices AS b USING webhook_events AS e
+WHERE e.event_id = b.last_webhook_event_id
+  AND EXISTS (SELECT FROM webhook_payloads AS p WHERE p.seq = e.seq AND p.created_at = e.created_at);
+
+-- name: forget_payment_methods
+-- The rows that can be made again: their last event is still here, with its body.
+DELETE FROM billing.payment_methods AS b USING webhook_events AS e
+WHERE e.event_id = b.last_webhook_event_id
+  AND EXISTS (SELECT FROM webhook_payloads AS p WHERE p.seq = e.seq AND p.created_at = e.created_at);

@@ -112,27 +112,29 @@ _LEVELS: dict[str, int] = {
     "events_pruned": _INFO,
 }
 
-_log = structlog.get_logger("kamiyo")
+def configure_logging(*, level: str = "info", log_format: str = "auto") -> None:
+    """Say how loud this process logs (`debug` … `error`), and whether as `json` lines or for the `console`.
 
-
-def configure_logging(*, level: str = "info", as_json: bool) -> None:
-    """Set up structured logging for this process: JSON lines, or readable ones with colours on a terminal."""
+    Only Kamiyo's own logger is set up: a host application's structlog and logging stay as they are.
+    """
+    global _log
+    console = sys.stderr.isatty() if log_format == "auto" else log_format == "console"
     renderer: Any = (
-        structlog.processors.JSONRenderer()
-        if as_json
-        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+        structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()) if console else structlog.processors.JSONRenderer()
     )
-    structlog.configure(
+    _log = structlog.wrap_logger(
+        structlog.WriteLogger(sys.stderr),
         processors=[
-            structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
-        cache_logger_on_first_use=True,
     )
+
+
+_log: Any = None
+configure_logging()
 
 
 def happened(name: str, /, **facts: Any) -> None:

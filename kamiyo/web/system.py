@@ -51,6 +51,7 @@ async def running(settings: Settings) -> AsyncIterator[System]:
     Raises SettingsError, MigrationNeeded or ForeignTables when it must not start. A database that is away does not
     stop the start: deliveries are answered 503 until it is back.
     """
+    telemetry.configure_logging(level=settings.log_level, log_format=settings.log_format.value)
     handlers.load(settings.handler_modules)
     telemetry.label_types(handlers.registry.types())
     async with database_url(settings) as url:
@@ -76,7 +77,7 @@ async def database_url(settings: Settings) -> AsyncIterator[str]:
     if settings.database_url is not None:
         yield settings.database_url.get_secret_value()
         return
-    server = await asyncio.to_thread(EmbeddedPostgres.start, settings.data_dir)
+    server = await asyncio.to_thread(EmbeddedPostgres.start, settings.data_dir / "postgres")
     try:
         yield server.url
     finally:

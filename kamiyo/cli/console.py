@@ -1,0 +1,110 @@
+"""What every command needs: settings, a connection, a way to speak."""
+
+import os
+import secrets
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+
+import asyncpg
+from dotenv import dotenv_values
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from kamiyo import database
+from kamiyo.settings import Settings, load_settings
+from kamiyo.web.system import database_url
+
+console = Console()
+_stderr = Console(stderr=True)
+
+#: The two secrets `make run` makes for itself, so that a newcomer needs none.
+_DEVELOPMENT = ("STRIPE_WEBHOOK_SECRET", "ADMIN_API_KEY")
+
+
+def complain(message: str) -> None:
+    """Say what is wrong, on standard error."""
+    _stderr.print(f"[bold red]kamiyo:[/] {message}", highlight=False, soft_wrap=True)
+
+
+def settings_for_commands() -> Settings:
+    """The settings, completed by the development secrets where `make run` made some.
+
+    Raises SettingsError when a variable is wrong.
+    """
+    settings = load_settings()
+    for name, value in _made_before(settings.data_dir).items():
+        if not _configured(settings, name):
+            os.environ[name] = value
+    return load_settings()
+
+
+def make_development_secrets(settings: Settings) -> list[str]:
+    """Make what is missing of the development secrets, for this process and the next; return the names of those in use.
+
+    They are kept in `<data_dir>/development.env`, readable by this user alone.
+    """
+    known = _made_before(settings.data_dir)
+    missing = [name for name in _DEVELOPMENT if not _configured(settings, name)]
+    for name in missing:
+        prefix = "whsec_" if name == "STRIPE_WEBHOOK_SECRET" else ""
+        known.setdefault(name, prefix + secrets.token_hex(24))
+        os.environ[name] = known[name]
+    if missing:
+        path = _development_file(settings.data_dir)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.writelines(f"{name}={value}\n" for name, value in known.items())
+    return missing
+
+
+def _configured(settings: Settings, name: str) -> bool:
+    secret = settings.stripe_webhook_secret if name == "STRIPE_WEBHOOK_SECRET" else settings.admin_api_key
+    return bool(secret.get_secret_value())
+
+
+def _made_before(data_dir: Path) -> dict[str, str]:
+    path = _development_file(data_dir)
+    return {name: value for name, value in dotenv_values(path).items() if value} if path.exists() else {}
+
+
+def _development_file(data_dir: Path) -> Path:
+    return data_dir / "development.env"
+
+
+@asynccontextmanager
+async def connected(settings: Settings) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
+    """A connection to the configured or the embedded database, its migrations complete."""
+    async with database_url(settings) as url:
+        db = await database.connect(url, application="kamiyo cli")
+        try:
+            if settings.auto_migrate:
+                await database.migrate(db)
+            else:
+                await database.require_migrations(db)
+            yield db
+        finally:
+            await db.close()
+
+
+@contextmanager
+def progressing(what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+    """Show how far a long piece of work is; yields a function that takes how many are done."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=_stderr, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda done: progress.update(task, completed=done)

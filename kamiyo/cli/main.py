@@ -1,0 +1,40 @@
+"""The commands, put together."""
+
+import sys
+
+import typer
+
+from kamiyo.cli import events, serve, simulate
+from kamiyo.cli.console import complain
+from kamiyo.errors import KamiyoError
+
+app = typer.Typer(
+    name="kamiyo",
+    help="Stripe's webhooks: received, stored, processed, retried; and true billing tables in PostgreSQL.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+app.command("serve")(serve.serve)
+app.command("worker")(serve.worker)
+app.command("migrate")(serve.migrate)
+app.command("trigger")(simulate.trigger)
+app.add_typer(events.app, name="events")
+app.command("replay")(events.replay)
+app.command("rebuild")(events.rebuild)
+app.command("cleanup")(events.cleanup)
+
+
+def main() -> None:
+    """Run the command line; an error that Kamiyo raises on purpose becomes a sentence and exit status 1."""
+    try:
+        app()
+    except KamiyoError as error:
+        complain(str(error))
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""`kamiyo serve`, `kamiyo worker`, `kamiyo migrate`."""
+
+import asyncio
+import os
+import signal
+import socket
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import prometheus_client
+import typer
+import uvicorn
+
+from kamiyo import database, telemetry
+from kamiyo.cli.console import complain, console, make_development_secrets, settings_for_commands
+from kamiyo.errors import SettingsError
+from kamiyo.settings import Settings, load_settings
+from kamiyo.web.system import database_url, running
+
+
+def serve(
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on.  [default: HOST or 127.0.0.1]")
+    ] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.  [default: PORT or 8000]")] = None,
+    workers: Annotated[int, typer.Option(help="Server processes that share the port.", min=1, max=64)] = 1,
+    dev: Annotated[
+        bool,
+        typer.Option(
+            "--dev", help="For trying out: makes a signing secret and an admin key where none is set."
+        ),
+    ] = False,
+) -> None:
+    """Receive Stripe's events over HTTP and process them.
+
+    Settings come from the environment and .env; see .env.example. Ctrl-C or SIGTERM finishes what is in flight.
+    """
+    if dev:
+        os.environ.setdefault("KAMIYO_ENV", "development")
+    if host:
+        os.environ["HOST"] = host
+    if port:
+        os.environ["PORT"] = str(port)
+    made: list[str] = []
+    settings = load_settings()
+    if settings.development:
+        made = make_development_secrets(settings)
+        settings = load_settings()
+    if not settings.webhook_secrets:
+        raise SettingsError(
+            "STRIPE_WEBHOOK_SECRET is not set, so no delivery could be verified. Copy the signing secret (whsec_…) of "
+            "your endpoint from the Stripe dashboard, or of `stripe listen`, into .env. To try Kamiyo without Stripe: "
+            "`make run`, or `kamiyo serve --dev`."
+        )
+    if not settings.admin_api_key.get_secret_value():
+        complain("ADMIN_API_KEY is not set: the calls of operators answer 503 until it is.")
+    directory = telemetry.shared_metrics_directory() if workers > 1 else None
+    options: dict[str, Any] = {
+        "host": settings.host,
+        "port": settings.port,
+        "loop": "uvloop",
+        "http": "httptools",
+        "access_log": False,
+        "log_level": "warning",
+        "server_header": False,
+        "timeout_graceful_shutdown": max(int(settings.shutdown_grace), 1),
+    }
+    _stop_quietly()
+    try:
+        if workers > 1:
+            _greet(settings, made)
+            uvicorn.run("api.main:app", workers=workers, **options)
+        else:
+            server = _Server(uvicorn.Config("api.main:app", **options), settings, made)
+            server.run()
+            if not server.started:
+                raise typer.Exit(3)
+    finally:
+        if directory is not None:
+            telemetry.remove_shared_metrics(directory)
+
+
+class _Server(uvicorn.Server):
+    """Says where to look once it really listens."""
+
+    def __init__(self, config: uvicorn.Config, settings: Settings, made: list[str]) -> None:
+        super().__init__(config)
+        self._settings, self._made = settings, made
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start, then greet."""
+        await super().startup(sockets)
+        if self.started:
+            _greet(self._settings, self._made)
+
+
+def _stop_quietly() -> None:
+    # uvicorn shuts down in order and then raises the signal again, for whoever asked; here nobody else did, and a
+    # stop in order is exit status 0.
+    def nothing(number: int, frame: FrameType | None) -> None:
+        pass
+
+    signal.signal(signal.SIGTERM, nothing)
+    signal.signal(signal.SIGINT, nothing)
+
+
+def _greet(settings: Settings, made: list[str]) -> None:
+    address = f"http://{'localhost' if settings.host in ('127.0.0.1', '0.0.0.0') else settings.host}:{settings.port}"
+    kept = settings.database_url is None
+    say = console.print
+    say(f"\n[bold]Kamiyo is listening[/] on {address}/api/v1/webhooks/stripe", highlight=False)
+    if kept:
+        say(
+            f"  database    embedded PostgreSQL, its data in {settings.data_dir}/ (DATABASE_URL for your own)",
+            highlight=False,
+        )
+    if made:
+        say(
+            f"  secrets     made for development, in {settings.data_dir / 'development.env'}: {', '.join(made)}",
+            highlight=False,
+        )
+    say(
+        f"  look        {address}/docs   {address}/api/v1/webhooks/health   {address}/metrics",
+        highlight=False,
+    )
+    say("\nNow type, in another terminal:", highlight=False)
+    kamiyo = ".venv/bin/kamiyo" if Path(".venv/bin/kamiyo").exists() else "kamiyo"
+    say(f"  {kamiyo} trigger --story signup      a customer signs up and pays", highlight=False)
+    say(f"  {kamiyo} events list                 what came in, and what became of it", highlight=False)
+    say("  ./scripts/test_webhooks.sh               the whole road, checked", highlight=False)
+    say("Ctrl-C stops it, in order.\n", highlight=False)
+
+
+def worker(
+    metrics_port: Annotated[
+        int | None, typer.Option(help="Serve /metrics for Prometheus on this port.", min=1, max=65535)
+    ] = None,
+) -> None:
+    """Process events without receiving any; start as many as you like, on any machine that reaches the database.
+
+    SIGTERM finishes the events in hand, gives the others back, and exits.
+    """
+    settings = settings_for_commands().model_copy(update={"worker": True})
+    if metrics_port:
+        prometheus_client.start_http_server(metrics_port)
+    asyncio.run(_work(settings))
+
+
+async def _work(settings: Settings) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    async with running(settings):
+        await stop.wait()
+
+
+def migrate() -> None:
+    """Complete the database's tables. Safe to repeat, and while servers run."""
+
+    async def complete(settings: Settings) -> list[str]:
+        async with database_url(settings) as url:
+            db = await database.connect(url, application="kamiyo migrate")
+            try:
+                return await database.migrate(
+                    db, report=lambda name: console.print(f"applied {name}", highlight=False)
+                )
+            finally:
+                await db.close()
+
+    if not asyncio.run(complete(settings_for_commands())):
+        console.print("nothing to do: every migration is there")

@@ -1,0 +1,44 @@
+"""The billing tables again, from the event table alone.
+
+What the tables say is a function of the stored events, so they can be thrown away and made anew: after a fault in a
+projection was mended, or to prove that they are true. Rows whose last event is past its retention are kept as they
+are, for nothing else remembers them.
+"""
+
+from collections.abc import Callable
+from datetime import datetime
+
+from kamiyo import inbox, projections, ties
+from kamiyo.database import Connection, load_queries
+from kamiyo.projections import TABLES, ProjectionError
+
+_SQL = load_queries("projections.sql")
+_DAWN = datetime.fromisoformat("2000-01-01T00:00:00+00:00")
+
+
+async def rebuild(db: Connection, *, progress: Callable[[int], None] = lambda done: None) -> int:
+    """Make the four tables again in one transaction; return how many events were read.
+
+    Readers see the old rows until it commits. Meanwhile deliveries are stored and acknowledged as ever, and their
+    processing waits. `progress` hears how many events are done so far.
+    """
+    done, at, seq = 0, _DAWN, 0
+    async with db.transaction():
+        await db.execute(_SQL["hold_tables"])
+        for table in TABLES:
+            await db.execute(_SQL[f"forget_{table}"])
+        while chunk := await inbox.after(db, at, seq, inbox.CHUNK):
+            told = []
+            for event, received, _ in chunk:
+                try:
+                    row = projections.row_of(event, received)
+                except ProjectionError:
+                    continue  # it could not be applied the first time either
+                if row is not None:
+                    told.append((event, row))
+            if told:
+                await ties.project(db, told)
+            _, at, seq = chunk[-1]
+            done += len(chunk)
+            progress(done)
+    return done
