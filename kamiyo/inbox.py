@@ -12,9 +12,11 @@ from typing import Any
 
 import asyncpg
 
+from kamiyo import projections
 from kamiyo.database import Connection, load_queries
 from kamiyo.errors import EventNotFailed, EventUnknown, KamiyoError
 from kamiyo.event import Event
+from kamiyo.projections import TABLES, Row
 
 _SQL = load_queries("inbox.sql")
 
@@ -107,15 +109,43 @@ async def put(db: Connection, events: Sequence[Event], *, source: str = "webhook
 
     `events` must not name an id twice. One statement: outside a transaction it is one commit.
     """
-    rows = (
-        (
-            *(e.id, e.type, e.created, e.livemode, e.thin, e.account, e.context, e.api_version),
-            *(e.object_type, e.object_id, e.customer, e.snapshot_event, e.lane, e.body),
-        )
-        for e in events
-    )
-    known: list[asyncpg.Record] = await db.fetch(_SQL["put"], *map(list, zip(*rows, strict=True)), source)
+    known: list[asyncpg.Record] = await db.fetch(_SQL["put"], [_arrival(event) for event in events], source)
     return {event_id: Status(status) for event_id, status in known}
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A new event, and what processing it comes to if its billing row is all it needs; None leaves it to the workers."""
+
+    event: Event
+    outcome: Outcome | None
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What became of a batch: the status of what was known before, and the new ids that are left to the workers."""
+
+    known: dict[str, Status]
+    left: set[str]
+
+
+async def put_projected(
+    db: Connection, arrivals: Sequence[Arrival], rows: Sequence[Row], *, microseconds: int, source: str = "webhook"
+) -> Stored:
+    """Store what is new and project it in the same commit, where nothing stands in the way.
+
+    `rows` are the billing rows of the arrivals that have an outcome, one for each object at most; `microseconds` is
+    what an event has cost so far. Neither `arrivals` nor `rows` may name an event or an object twice.
+    """
+    by_table = [[projections.composite(row) for row in rows if row.table == table] for table in TABLES]
+    told = [_arrival(a.event, a.outcome and a.outcome.value, microseconds) for a in arrivals]
+    known, left = {}, set()
+    for event_id, status, is_new in await db.fetch(_SQL["receive"], told, *by_table, source):
+        if is_new:
+            left.add(event_id)
+        else:
+            known[event_id] = Status(status)
+    return Stored(known, left)
 
 
 async def ensure_partitions(db: Connection) -> int:
@@ -347,6 +377,13 @@ _DAWN = datetime.fromisoformat("2000-01-01T00:00:00+00:00")
 
 def _replayable(filters: Filters) -> Filters:
     return filters if filters.status else replace(filters, status=Status.failed)
+
+
+def _arrival(e: Event, outcome: str | None = None, microseconds: int = 0) -> tuple[Any, ...]:
+    return (
+        *(e.id, e.type, e.created, e.livemode, e.thin, e.account, e.context, e.api_version),
+        *(e.object_type, e.object_id, e.customer, e.snapshot_event, e.lane, e.body, outcome, microseconds),
+    )
 
 
 def _event(row: asyncpg.Record, **more: Any) -> Event:

@@ -8,22 +8,16 @@
 -- a lock dies with its session, so what a dead worker held is free at once.
 
 -- name: put
--- Stores new events with their bodies; one statement, one commit. Returns the ones that were already known.
+-- Stores new events with their bodies, for the workers; one statement, one commit. Returns what is already known.
 WITH incoming AS (
-    SELECT * FROM unnest(
-        $1::text[], $2::text[], $3::bigint[], $4::boolean[], $5::boolean[], $6::text[], $7::text[], $8::text[],
-        $9::text[], $10::text[], $11::text[], $12::text[], $13::integer[], $14::bytea[]
-    ) AS u (
-        event_id, event_type, stripe_created, livemode, thin, account, context, api_version,
-        object_type, object_id, customer, snapshot_event, lane, body
-    )
+    SELECT * FROM unnest($1::webhook_arrival[])
 ), stored AS (
     INSERT INTO webhook_events (
         event_id, event_type, stripe_created, livemode, thin, account, context, api_version,
         object_type, object_id, customer, snapshot_event, lane, next_try_at, source
     )
     SELECT event_id, event_type, to_timestamp(stripe_created), livemode, thin, account, context, api_version,
-           object_type, object_id, customer, snapshot_event, lane, now(), $15
+           object_type, object_id, customer, snapshot_event, lane, now(), $2
     FROM incoming
     WHERE NOT EXISTS (SELECT FROM webhook_tombstones AS t WHERE t.event_id = incoming.event_id)
     -- Two servers may store the same events at once; in one order they cannot wait for each other in a ring.
@@ -44,6 +38,13 @@ LEFT JOIN stored AS s USING (event_id)
 LEFT JOIN webhook_events AS e ON e.event_id = i.event_id
 LEFT JOIN webhook_tombstones AS t ON t.event_id = i.event_id
 WHERE s.event_id IS NULL;
+
+-- name: receive
+-- Stores new events, and processes those whose billing row is all they need: see 006_project_on_arrival.sql.
+SELECT known_event_id, known_status, is_new FROM webhook_receive(
+    $1::webhook_arrival[], $2::billing.customers_row[], $3::billing.subscriptions_row[], $4::billing.invoices_row[],
+    $5::billing.payment_methods_row[], $6
+);
 
 -- name: hold
 -- Locks the lanes of the events that are due, oldest first; lanes that another worker holds are passed over, so

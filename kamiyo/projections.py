@@ -543,15 +543,15 @@ async def write(db: Connection, rows: Sequence[Row], *, force: bool = False) -> 
         mine = [row for row in rows if row.table == table]
         if not mine:
             continue
-        columns = zip(*((*row.key, *row.values, *_tail(row)) for row in mine), strict=True)
-        found: list[asyncpg.Record] = await db.fetch(_SQL[f"project_{table}"], *map(list, columns), force)
+        found: list[asyncpg.Record] = await db.fetch(_SQL[f"project_{table}"], [composite(row) for row in mine], force)
         for key_id, account, livemode, rank, event_id in found:
             before[table, (key_id, account, livemode)] = Standing(table, rank, event_id)
     return before
 
 
-def _tail(row: Row) -> tuple[Any, ...]:
-    return row.event_id, row.received, row.rank, row.evidence
+def composite(row: Row) -> tuple[Any, ...]:
+    """`row` as PostgreSQL's type `billing.<table>_row` takes it."""
+    return *row.key, *row.values, row.event_id, row.received, row.rank, row.evidence
 
 
 def marked(row: Row, evidence: str) -> Row:

@@ -1,7 +1,7 @@
--- The four billing tables, written set by set. Each query takes columns as arrays (one element for each row, a row
--- for each object at most), so that a batch of any size is one round trip; times are unix seconds.
+-- The four billing tables, written set by set. Each query takes an array of `billing.<table>_row` (a row for each
+-- object at most), so that a batch of any size is one round trip.
 --
--- A row is overwritten only by an event of higher rank, whatever arrives when. The last parameter lifts that for
+-- A row is overwritten only by an event of higher rank, whatever arrives when. The second parameter lifts that for
 -- the one caller that has weighed the evidence itself: settling a tie.
 --
 -- Each returns, for the rows that were there before, how the row stood: its rank, and the event that made it so.
@@ -9,104 +9,76 @@
 
 -- name: project_customers
 WITH incoming AS (
-    SELECT * FROM unnest(
-        $1::text[], $2::text[], $3::boolean[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[],
-        $9::bigint[], $10::boolean[], $11::text[], $12::text[], $13::bigint[], $14::bigint[], $15::text[],
-        $16::timestamptz[], $17::bigint[], $18::text[]
-    ) AS u (
-        id, account, livemode, email, name, phone, description, currency, balance, delinquent,
-        default_payment_method, metadata, created, deleted_at, event_id, received_at, rank, evidence
-    )
+    SELECT * FROM unnest($1::billing.customers_row[])
 ), standing AS (
     SELECT b.id, b.account, b.livemode, b.last_event_rank, b.last_webhook_event_id
     FROM billing.customers AS b JOIN incoming AS i USING (id, account, livemode)
 ), written AS (
     INSERT INTO billing.customers AS b (
         id, account, livemode, email, name, phone, description, currency, balance, delinquent,
-        default_payment_method, metadata, created, deleted_at, last_webhook_event_id,
-        last_webhook_updated_at, last_event_rank, order_evidence
+        default_payment_method, metadata, created, deleted_at, last_webhook_event_id, last_webhook_updated_at,
+        last_event_rank, order_evidence
     )
     SELECT
         id, account, livemode, email, name, phone, description, currency, balance, delinquent,
-        default_payment_method, metadata::jsonb, to_timestamp(created), to_timestamp(deleted_at),
-        event_id, received_at, rank, evidence
+        default_payment_method, metadata::jsonb, to_timestamp(created), to_timestamp(deleted_at), event_id,
+        received_at, rank, evidence
     FROM incoming
     -- Everyone locks rows in the same order, so that two writers cannot wait for each other.
     ORDER BY id, account, livemode
     ON CONFLICT (id, account, livemode) DO UPDATE SET
-        email = excluded.email, name = excluded.name, phone = excluded.phone, description =
-        excluded.description, currency = excluded.currency, balance = excluded.balance, delinquent =
-        excluded.delinquent, default_payment_method = excluded.default_payment_method, metadata =
-        excluded.metadata, created = excluded.created, deleted_at = excluded.deleted_at,
+        email = excluded.email, name = excluded.name, phone = excluded.phone, description = excluded.description,
+        currency = excluded.currency, balance = excluded.balance, delinquent = excluded.delinquent,
+        default_payment_method = excluded.default_payment_method, metadata = excluded.metadata,
+        created = excluded.created, deleted_at = excluded.deleted_at,
         last_webhook_event_id = excluded.last_webhook_event_id,
-        last_webhook_updated_at = excluded.last_webhook_updated_at,
-        last_event_rank = excluded.last_event_rank, order_evidence = excluded.order_evidence
-    WHERE b.last_event_rank < excluded.last_event_rank OR $19::boolean
+        last_webhook_updated_at = excluded.last_webhook_updated_at, last_event_rank = excluded.last_event_rank,
+        order_evidence = excluded.order_evidence
+    WHERE b.last_event_rank < excluded.last_event_rank OR $2::boolean
 )
 SELECT id, account, livemode, last_event_rank, last_webhook_event_id FROM standing;
 
 -- name: project_subscriptions
 WITH incoming AS (
-    SELECT * FROM unnest(
-        $1::text[], $2::text[], $3::boolean[], $4::text[], $5::text[], $6::text[], $7::text[],
-        $8::bigint[], $9::text[], $10::bigint[], $11::bigint[], $12::boolean[], $13::bigint[],
-        $14::bigint[], $15::bigint[], $16::bigint[], $17::bigint[], $18::text[], $19::text[], $20::text[],
-        $21::text[], $22::bigint[], $23::text[], $24::timestamptz[], $25::bigint[], $26::text[]
-    ) AS u (
-        id, account, livemode, customer, status, currency, price, quantity, items, current_period_start,
-        current_period_end, cancel_at_period_end, cancel_at, canceled_at, ended_at, trial_start,
-        trial_end, default_payment_method, latest_invoice, collection_method, metadata, created, event_id,
-        received_at, rank, evidence
-    )
+    SELECT * FROM unnest($1::billing.subscriptions_row[])
 ), standing AS (
     SELECT b.id, b.account, b.livemode, b.last_event_rank, b.last_webhook_event_id
     FROM billing.subscriptions AS b JOIN incoming AS i USING (id, account, livemode)
 ), written AS (
     INSERT INTO billing.subscriptions AS b (
         id, account, livemode, customer, status, currency, price, quantity, items, current_period_start,
-        current_period_end, cancel_at_period_end, cancel_at, canceled_at, ended_at, trial_start,
-        trial_end, default_payment_method, latest_invoice, collection_method, metadata, created,
-        last_webhook_event_id, last_webhook_updated_at, last_event_rank, order_evidence
+        current_period_end, cancel_at_period_end, cancel_at, canceled_at, ended_at, trial_start, trial_end,
+        default_payment_method, latest_invoice, collection_method, metadata, created, last_webhook_event_id,
+        last_webhook_updated_at, last_event_rank, order_evidence
     )
     SELECT
         id, account, livemode, customer, status, currency, price, quantity, items::jsonb,
         to_timestamp(current_period_start), to_timestamp(current_period_end), cancel_at_period_end,
-        to_timestamp(cancel_at), to_timestamp(canceled_at), to_timestamp(ended_at),
-        to_timestamp(trial_start), to_timestamp(trial_end), default_payment_method, latest_invoice,
-        collection_method, metadata::jsonb, to_timestamp(created), event_id, received_at, rank, evidence
+        to_timestamp(cancel_at), to_timestamp(canceled_at), to_timestamp(ended_at), to_timestamp(trial_start),
+        to_timestamp(trial_end), default_payment_method, latest_invoice, collection_method, metadata::jsonb,
+        to_timestamp(created), event_id, received_at, rank, evidence
     FROM incoming
     -- Everyone locks rows in the same order, so that two writers cannot wait for each other.
     ORDER BY id, account, livemode
     ON CONFLICT (id, account, livemode) DO UPDATE SET
-        customer = excluded.customer, status = excluded.status, currency = excluded.currency, price =
-        excluded.price, quantity = excluded.quantity, items = excluded.items, current_period_start =
-        excluded.current_period_start, current_period_end = excluded.current_period_end,
-        cancel_at_period_end = excluded.cancel_at_period_end, cancel_at = excluded.cancel_at, canceled_at
-        = excluded.canceled_at, ended_at = excluded.ended_at, trial_start = excluded.trial_start,
+        customer = excluded.customer, status = excluded.status, currency = excluded.currency,
+        price = excluded.price, quantity = excluded.quantity, items = excluded.items,
+        current_period_start = excluded.current_period_start, current_period_end = excluded.current_period_end,
+        cancel_at_period_end = excluded.cancel_at_period_end, cancel_at = excluded.cancel_at,
+        canceled_at = excluded.canceled_at, ended_at = excluded.ended_at, trial_start = excluded.trial_start,
         trial_end = excluded.trial_end, default_payment_method = excluded.default_payment_method,
-        latest_invoice = excluded.latest_invoice, collection_method = excluded.collection_method, metadata
-        = excluded.metadata, created = excluded.created,
+        latest_invoice = excluded.latest_invoice, collection_method = excluded.collection_method,
+        metadata = excluded.metadata, created = excluded.created,
         last_webhook_event_id = excluded.last_webhook_event_id,
-        last_webhook_updated_at = excluded.last_webhook_updated_at,
-        last_event_rank = excluded.last_event_rank, order_evidence = excluded.order_evidence
-    WHERE b.last_event_rank < excluded.last_event_rank OR $27::boolean
+        last_webhook_updated_at = excluded.last_webhook_updated_at, last_event_rank = excluded.last_event_rank,
+        order_evidence = excluded.order_evidence
+    WHERE b.last_event_rank < excluded.last_event_rank OR $2::boolean
 )
 SELECT id, account, livemode, last_event_rank, last_webhook_event_id FROM standing;
 
 -- name: project_invoices
 WITH incoming AS (
-    SELECT * FROM unnest(
-        $1::text[], $2::text[], $3::boolean[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[],
-        $9::bigint[], $10::bigint[], $11::bigint[], $12::bigint[], $13::bigint[], $14::bigint[],
-        $15::text[], $16::text[], $17::bigint[], $18::bigint[], $19::bigint[], $20::bigint[], $21::text[],
-        $22::text[], $23::text[], $24::bigint[], $25::bigint[], $26::text[], $27::timestamptz[],
-        $28::bigint[], $29::text[]
-    ) AS u (
-        id, account, livemode, customer, subscription, number, status, currency, amount_due, amount_paid,
-        amount_remaining, subtotal, total, attempt_count, billing_reason, collection_method, due_date,
-        period_start, period_end, paid_at, hosted_invoice_url, invoice_pdf, metadata, created, deleted_at,
-        event_id, received_at, rank, evidence
-    )
+    SELECT * FROM unnest($1::billing.invoices_row[])
 ), standing AS (
     SELECT b.id, b.account, b.livemode, b.last_event_rank, b.last_webhook_event_id
     FROM billing.invoices AS b JOIN incoming AS i USING (id, account, livemode)
@@ -120,69 +92,64 @@ WITH incoming AS (
     SELECT
         id, account, livemode, customer, subscription, number, status, currency, amount_due, amount_paid,
         amount_remaining, subtotal, total, attempt_count, billing_reason, collection_method,
-        to_timestamp(due_date), to_timestamp(period_start), to_timestamp(period_end),
-        to_timestamp(paid_at), hosted_invoice_url, invoice_pdf, metadata::jsonb, to_timestamp(created),
-        to_timestamp(deleted_at), event_id, received_at, rank, evidence
+        to_timestamp(due_date), to_timestamp(period_start), to_timestamp(period_end), to_timestamp(paid_at),
+        hosted_invoice_url, invoice_pdf, metadata::jsonb, to_timestamp(created), to_timestamp(deleted_at),
+        event_id, received_at, rank, evidence
     FROM incoming
     -- Everyone locks rows in the same order, so that two writers cannot wait for each other.
     ORDER BY id, account, livemode
     ON CONFLICT (id, account, livemode) DO UPDATE SET
         customer = excluded.customer, subscription = excluded.subscription, number = excluded.number,
         status = excluded.status, currency = excluded.currency, amount_due = excluded.amount_due,
-        amount_paid = excluded.amount_paid, amount_remaining = excluded.amount_remaining, subtotal =
-        excluded.subtotal, total = excluded.total, attempt_count = excluded.attempt_count, billing_reason
-        = excluded.billing_reason, collection_method = excluded.collection_method, due_date =
-        excluded.due_date, period_start = excluded.period_start, period_end = excluded.period_end, paid_at
-        = excluded.paid_at, hosted_invoice_url = excluded.hosted_invoice_url, invoice_pdf =
-        excluded.invoice_pdf, metadata = excluded.metadata, created = excluded.created, deleted_at =
-        excluded.deleted_at,
-        last_webhook_event_id = excluded.last_webhook_event_id,
-        last_webhook_updated_at = excluded.last_webhook_updated_at,
-        last_event_rank = excluded.last_event_rank, order_evidence = excluded.order_evidence
-    WHERE b.last_event_rank < excluded.last_event_rank OR $30::boolean
+        amount_paid = excluded.amount_paid, amount_remaining = excluded.amount_remaining,
+        subtotal = excluded.subtotal, total = excluded.total, attempt_count = excluded.attempt_count,
+        billing_reason = excluded.billing_reason, collection_method = excluded.collection_method,
+        due_date = excluded.due_date, period_start = excluded.period_start, period_end = excluded.period_end,
+        paid_at = excluded.paid_at, hosted_invoice_url = excluded.hosted_invoice_url,
+        invoice_pdf = excluded.invoice_pdf, metadata = excluded.metadata, created = excluded.created,
+        deleted_at = excluded.deleted_at, last_webhook_event_id = excluded.last_webhook_event_id,
+        last_webhook_updated_at = excluded.last_webhook_updated_at, last_event_rank = excluded.last_event_rank,
+        order_evidence = excluded.order_evidence
+    WHERE b.last_event_rank < excluded.last_event_rank OR $2::boolean
 )
 SELECT id, account, livemode, last_event_rank, last_webhook_event_id FROM standing;
 
 -- name: project_payment_methods
 WITH incoming AS (
-    SELECT * FROM unnest(
-        $1::text[], $2::text[], $3::boolean[], $4::text[], $5::text[], $6::text[], $7::text[],
-        $8::bigint[], $9::bigint[], $10::text[], $11::text[], $12::text[], $13::text[], $14::bigint[],
-        $15::bigint[], $16::text[], $17::timestamptz[], $18::bigint[], $19::text[]
-    ) AS u (
-        id, account, livemode, customer, type, brand, last4, exp_month, exp_year, funding, country,
-        fingerprint, metadata, created, detached_at, event_id, received_at, rank, evidence
-    )
+    SELECT * FROM unnest($1::billing.payment_methods_row[])
 ), standing AS (
     SELECT b.id, b.account, b.livemode, b.last_event_rank, b.last_webhook_event_id
     FROM billing.payment_methods AS b JOIN incoming AS i USING (id, account, livemode)
 ), written AS (
     INSERT INTO billing.payment_methods AS b (
-        id, account, livemode, customer, type, brand, last4, exp_month, exp_year, funding, country,
-        fingerprint, metadata, created, detached_at, last_webhook_event_id, last_webhook_updated_at,
-        last_event_rank, order_evidence
+        id, account, livemode, customer, type, brand, last4, exp_month, exp_year, funding, country, fingerprint,
+        metadata, created, detached_at, last_webhook_event_id, last_webhook_updated_at, last_event_rank,
+        order_evidence
     )
     SELECT
-        id, account, livemode, customer, type, brand, last4, exp_month, exp_year, funding, country,
-        fingerprint, metadata::jsonb, to_timestamp(created), to_timestamp(detached_at), event_id,
-        received_at, rank, evidence
+        id, account, livemode, customer, type, brand, last4, exp_month, exp_year, funding, country, fingerprint,
+        metadata::jsonb, to_timestamp(created), to_timestamp(detached_at), event_id, received_at, rank, evidence
     FROM incoming
     -- Everyone locks rows in the same order, so that two writers cannot wait for each other.
     ORDER BY id, account, livemode
     ON CONFLICT (id, account, livemode) DO UPDATE SET
-        customer = excluded.customer, type = excluded.type, brand = excluded.brand, last4 =
-        excluded.last4, exp_month = excluded.exp_month, exp_year = excluded.exp_year, funding =
-        excluded.funding, country = excluded.country, fingerprint = excluded.fingerprint, metadata =
-        excluded.metadata, created = excluded.created, detached_at = excluded.detached_at,
+        customer = excluded.customer, type = excluded.type, brand = excluded.brand, last4 = excluded.last4,
+        exp_month = excluded.exp_month, exp_year = excluded.exp_year, funding = excluded.funding,
+        country = excluded.country, fingerprint = excluded.fingerprint, metadata = excluded.metadata,
+        created = excluded.created, detached_at = excluded.detached_at,
         last_webhook_event_id = excluded.last_webhook_event_id,
-        last_webhook_updated_at = excluded.last_webhook_updated_at,
-        last_event_rank = excluded.last_event_rank, order_evidence = excluded.order_evidence
-    WHERE b.last_event_rank < excluded.last_event_rank OR $20::boolean
+        last_webhook_updated_at = excluded.last_webhook_updated_at, last_event_rank = excluded.last_event_rank,
+        order_evidence = excluded.order_evidence
+    WHERE b.last_event_rank < excluded.last_event_rank OR $2::boolean
 )
 SELECT id, account, livemode, last_event_rank, last_webhook_event_id FROM standing;
 
 -- name: hold_tables
--- Other writers wait until the rebuild commits; readers do not.
+-- Other writers wait until the rebuild commits; readers do not, and neither do deliveries: they are told by the lock
+-- that nothing can be projected on arrival now (see webhook_receive).
+SELECT pg_advisory_xact_lock(118038671810930);
+
+-- name: lock_tables
 LOCK TABLE billing.customers, billing.subscriptions, billing.invoices, billing.payment_methods IN EXCLUSIVE MODE;
 
 -- name: forget_customers

@@ -25,6 +25,7 @@ async def rebuild(db: Connection, *, progress: Callable[[int], None] = lambda do
     done, at, seq = 0, _DAWN, 0
     async with db.transaction():
         await db.execute(_SQL["hold_tables"])
+        await db.execute(_SQL["lock_tables"])
         for table in TABLES:
             await db.execute(_SQL[f"forget_{table}"])
         while chunk := await inbox.after(db, at, seq, inbox.CHUNK):

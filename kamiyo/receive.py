@@ -7,17 +7,21 @@ next group gathers. So an idle system commits one event at once, and a busy one 
 import asyncio
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from enum import StrEnum
 
 import asyncpg
 
-from kamiyo import inbox, signature, telemetry
+from kamiyo import handlers, inbox, projections, signature, telemetry
 from kamiyo.database import DATABASE_ERRORS, Connection, Pool
 from kamiyo.errors import DatabaseUnavailable, Overloaded, SecretMissing, Unavailable
 from kamiyo.event import Event, parse
-from kamiyo.inbox import Status
+from kamiyo.handlers import Registry
+from kamiyo.inbox import Arrival, Outcome, Status, Stored
+from kamiyo.projections import Place, Row
 from kamiyo.settings import Settings
 from kamiyo.telemetry import happened
 
@@ -54,8 +58,9 @@ class _Waiting:
 class Receiver:
     """The door of one process. `run` must be running for `receive` to return."""
 
-    def __init__(self, pool: Pool, settings: Settings) -> None:
+    def __init__(self, pool: Pool, settings: Settings, registry: Registry = handlers.registry) -> None:
         self._pool = pool
+        self._registry = registry
         self._secrets = settings.webhook_secrets
         self._tolerance = settings.signature_tolerance
         self._most_waiting = settings.max_waiting
@@ -64,6 +69,7 @@ class Receiver:
         self._bytes_waiting = 0
         self._wake = asyncio.Event()
         self._closing = False
+        self._cost = 0.0
 
     def ready(self) -> None:
         """Raise SecretMissing while nothing can be verified: before a byte of the body is read."""
@@ -149,25 +155,36 @@ class Receiver:
         for waiting in group:
             first.setdefault(waiting.event.id, waiting)
         began = time.perf_counter()
-        known = await self._put(db, [waiting.event for waiting in first.values()])
-        telemetry.COMMIT.observe(time.perf_counter() - began)
-        telemetry.BATCH.observe(len(group))
+        stored = await self._put(db, [waiting.event for waiting in first.values()], began)
+        took = time.perf_counter() - began
+        self._cost = took / len(first)
         for waiting in group:
             event_id = waiting.event.id
-            status = (
-                known.get(event_id) if waiting is first[event_id] else known.get(event_id, Status.pending)
-            )
+            status = stored.known.get(event_id)
+            if status is None and waiting is not first[event_id]:
+                status = Status.pending
             _tell(waiting, _MESSAGES[status])
-        _count(group, known, len(group) - len(first))
+        _count(first, stored, len(group), took)
 
-    async def _put(self, db: Connection, events: Sequence[Event]) -> dict[str, Status]:
+    async def _put(self, db: Connection, events: Sequence[Event], began: float) -> Stored:
         async with asyncio.timeout(self._commit_timeout):
             try:
-                return await inbox.put(db, events)
+                return await self._project(db, events, began)
             except asyncpg.CheckViolationError:
                 # No table for today's bodies yet: this server slept through the maintenance that makes them.
                 await inbox.ensure_partitions(db)
-                return await inbox.put(db, events)
+                return await self._project(db, events, began)
+
+    async def _project(self, db: Connection, events: Sequence[Event], began: float) -> Stored:
+        arrivals, rows = ready_to_project(events, self._registry)
+        # Of an event projected on arrival, its share of the last commit is the best that can be known in this one.
+        cost = self._cost + (time.perf_counter() - began) / len(events)
+        try:
+            return await inbox.put_projected(db, arrivals, rows, microseconds=int(cost * 1e6))
+        except asyncpg.DataError:
+            # A value that PostgreSQL's types do not take. Stored first; the workers find out whose it is.
+            known = await inbox.put(db, events)
+            return Stored(known, {event.id for event in events} - known.keys())
 
     def _refuse(self, group: Sequence[_Waiting]) -> None:
         if group:
@@ -195,21 +212,63 @@ def _tell(waiting: _Waiting, message: Message) -> None:
         waiting.answer.set_result(message)
 
 
-def _count(group: Sequence[_Waiting], known: dict[str, Status], twins: int) -> None:
-    by_type: dict[str, int] = {}
-    new: list[str] = []
-    for event in {waiting.event.id: waiting.event for waiting in group}.values():
-        if event.id not in known:
-            new.append(event.id)
-            label = telemetry.label(event.type)
-            by_type[label] = by_type.get(label, 0) + 1
-    for label, count in by_type.items():
+def ready_to_project(events: Sequence[Event], registry: Registry) -> tuple[list[Arrival], list[Row]]:
+    """Which events their billing row is all they need, and those rows, one for each object.
+
+    The workers get what has a handler, what must be read from Stripe, what ties with another, and what is malformed.
+    """
+    arrivals: list[Arrival] = []
+    best: dict[Place, tuple[int, Row]] = {}
+    tied: set[Place] = set()
+    now = datetime.now(UTC)
+    for at, event in enumerate(events):
+        outcome: Outcome | None = None
+        if not event.thin and not registry.of(event.type) and not projections.is_stub(event):
+            with contextlib.suppress(projections.ProjectionError):
+                row = projections.row_of(event, now)
+                outcome = Outcome.ignored
+                if row is not None:
+                    outcome = Outcome.projected
+                    other = best.get(row.place)
+                    if other is None or other[1].rank < row.rank:
+                        best[row.place] = at, row
+                        tied.discard(row.place)
+                    elif other[1].rank == row.rank:
+                        tied.add(row.place)
+                        outcome = None
+        arrivals.append(Arrival(event, outcome))
+    for place in tied:
+        at, _ = best.pop(place)
+        arrivals[at] = Arrival(events[at], None)
+    return arrivals, [row for _, row in best.values()]
+
+
+def _count(first: dict[str, _Waiting], stored: Stored, deliveries: int, took: float) -> None:
+    telemetry.COMMIT.observe(took)
+    telemetry.BATCH.observe(deliveries)
+    received: Counter[str] = Counter()
+    processed: Counter[str] = Counter()
+    for event_id, waiting in first.items():
+        if event_id not in stored.known:
+            label = telemetry.label(waiting.event.type)
+            received[label] += 1
+            if event_id not in stored.left:
+                processed[label] += 1
+    for label, count in received.items():
         telemetry.RECEIVED.labels(label).inc(count)
+    for label, count in processed.items():
+        telemetry.EVENTS.labels(label, "processed").inc(count)
+        for _ in range(count):
+            telemetry.DURATION.labels(label).observe(took / deliveries)
+    new = [event_id for event_id in first if event_id not in stored.known]
     if new:
         happened("event_received", count=len(new), event_ids=new)
-    if known or twins:
-        telemetry.DUPLICATES.inc(len(known) + twins)
-        happened("duplicate_received", count=len(known) + twins, event_ids=list(known))
+    if len(new) > len(stored.left):
+        done = [event_id for event_id in new if event_id not in stored.left]
+        happened("event_processed", count=len(done), event_ids=done)
+    if deliveries > len(new):
+        telemetry.DUPLICATES.inc(deliveries - len(new))
+        happened("duplicate_received", count=deliveries - len(new), event_ids=list(stored.known))
 
 
 __all__ = ["Message", "Receipt", "Receiver", "Unavailable"]

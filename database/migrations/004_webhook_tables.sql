@@ -101,6 +101,20 @@ CREATE INDEX IF NOT EXISTS webhook_events_type ON webhook_events (event_type, cr
 
 CREATE SEQUENCE IF NOT EXISTS webhook_claims;
 
+-- One event as it arrives, for handing a whole batch to a statement.
+DO $$
+BEGIN
+    IF to_regtype('webhook_arrival') IS NULL THEN
+        CREATE TYPE webhook_arrival AS (
+            event_id text, event_type text, stripe_created bigint, livemode boolean, thin boolean, account text,
+            context text, api_version text, object_type text, object_id text, customer text, snapshot_event text,
+            lane integer, body bytea,
+            -- What processing it comes to if its billing row is all it needs; null leaves it to the workers.
+            outcome text, processing_us bigint
+        );
+    END IF;
+END $$;
+
 -- The body of each event, exactly as it was received: bytes, because jsonb refuses \u0000, reorders keys and
 -- costs more to write; apart from the ledger, so that a day of bodies is dropped as a table while the ledger,
 -- and with it the memory of what was seen, stays.

@@ -144,6 +144,44 @@ CREATE INDEX IF NOT EXISTS invoices_undecided ON billing.invoices (id) WHERE ord
 CREATE INDEX IF NOT EXISTS payment_methods_undecided ON billing.payment_methods (id)
     WHERE order_evidence = 'undecided';
 
+-- One row as an event tells it, for handing whole sets to a statement: times as unix seconds, JSON as text.
+DO $$
+BEGIN
+    IF to_regtype('billing.customers_row') IS NULL THEN
+        CREATE TYPE billing.customers_row AS (
+            id text, account text, livemode boolean, email text, name text, phone text, description text, currency
+            text, balance bigint, delinquent boolean, default_payment_method text, metadata text, created bigint,
+            deleted_at bigint, event_id text, received_at timestamptz, rank bigint, evidence text
+        );
+    END IF;
+    IF to_regtype('billing.subscriptions_row') IS NULL THEN
+        CREATE TYPE billing.subscriptions_row AS (
+            id text, account text, livemode boolean, customer text, status text, currency text, price text,
+            quantity bigint, items text, current_period_start bigint, current_period_end bigint,
+            cancel_at_period_end boolean, cancel_at bigint, canceled_at bigint, ended_at bigint, trial_start
+            bigint, trial_end bigint, default_payment_method text, latest_invoice text, collection_method text,
+            metadata text, created bigint, event_id text, received_at timestamptz, rank bigint, evidence text
+        );
+    END IF;
+    IF to_regtype('billing.invoices_row') IS NULL THEN
+        CREATE TYPE billing.invoices_row AS (
+            id text, account text, livemode boolean, customer text, subscription text, number text, status text,
+            currency text, amount_due bigint, amount_paid bigint, amount_remaining bigint, subtotal bigint, total
+            bigint, attempt_count bigint, billing_reason text, collection_method text, due_date bigint,
+            period_start bigint, period_end bigint, paid_at bigint, hosted_invoice_url text, invoice_pdf text,
+            metadata text, created bigint, deleted_at bigint, event_id text, received_at timestamptz, rank bigint,
+            evidence text
+        );
+    END IF;
+    IF to_regtype('billing.payment_methods_row') IS NULL THEN
+        CREATE TYPE billing.payment_methods_row AS (
+            id text, account text, livemode boolean, customer text, type text, brand text, last4 text, exp_month
+            bigint, exp_year bigint, funding text, country text, fingerprint text, metadata text, created bigint,
+            detached_at bigint, event_id text, received_at timestamptz, rank bigint, evidence text
+        );
+    END IF;
+END $$;
+
 INSERT INTO webhook_migrations (name) VALUES ('005_billing_tables') ON CONFLICT DO NOTHING;
 
 COMMIT;
