@@ -8,6 +8,7 @@
     │   ├── SignatureError       400 · nothing proves that Stripe sent it
     │   ├── PayloadError         400 · Stripe signed it, but it is not an event
     │   ├── BodyTooLarge         413 · longer than the limit
+    │   ├── BodyTooSlow          408 · it trickles
     │   └── Unavailable          503 · not committed, so Stripe must deliver again
     │       ├── SecretMissing    no signing secret is configured
     │       ├── Overloaded       more is waiting than can be committed soon
@@ -92,6 +93,13 @@ class BodyTooLarge(ReceiveError):
 
     status = 413
     detail = "Payload too large"
+
+
+class BodyTooSlow(ReceiveError):
+    """The body did not arrive in time; the connection is closed."""
+
+    status = 408
+    detail = "Request body came too slowly"
 
 
 class Unavailable(ReceiveError):

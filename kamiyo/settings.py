@@ -112,6 +112,12 @@ class Settings(BaseSettings):
         gt=0,
         le=3600,
     )
+    watchdog: bool = _setting(
+        "KAMIYO_WATCHDOG",
+        False,
+        "End the process (exit status 70) when a handler blocks its event loop for good, so that whoever supervises it "
+        "starts it anew. `kamiyo serve` and `kamiyo worker` turn it on; off inside an application of your own.",
+    )
     first_retry_delay: float = _setting(
         "KAMIYO_FIRST_RETRY_DELAY",
         10.0,

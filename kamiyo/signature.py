@@ -68,14 +68,15 @@ def _hmac(body: bytes, secret: bytes, timestamp: bytes) -> bytes:
 
 
 def _parse(header: bytes) -> tuple[bytes, list[bytes]]:
-    timestamp = b""
+    timestamp: bytes | None = None
     signatures: list[bytes] = []
     for part in header.split(b",", _MOST_SIGNATURES * 2):
         key, _, value = part.strip().partition(b"=")
-        if key == b"t":
+        # Were there two, Stripe's library would take the first as well.
+        if key == b"t" and timestamp is None:
             timestamp = value
         elif key == b"v1" and len(signatures) < _MOST_SIGNATURES:
             signatures.append(value)
-    if not timestamp.isdigit() or len(timestamp) > _LONGEST_TIMESTAMP or not signatures:
+    if not timestamp or not timestamp.isdigit() or len(timestamp) > _LONGEST_TIMESTAMP or not signatures:
         raise SignatureError("malformed")
     return timestamp, signatures

@@ -42,6 +42,7 @@ def serve(
         os.environ["HOST"] = host
     if port:
         os.environ["PORT"] = str(port)
+    os.environ.setdefault("KAMIYO_WATCHDOG", "true")
     made: list[str] = []
     settings = load_settings()
     if settings.development:
@@ -141,6 +142,7 @@ def worker(
 
     SIGTERM finishes the events in hand, gives the others back, and exits.
     """
+    os.environ.setdefault("KAMIYO_WATCHDOG", "true")
     settings = settings_for_commands().model_copy(update={"worker": True})
     if metrics_port:
         prometheus_client.start_http_server(metrics_port)

@@ -2,12 +2,12 @@
 
 import base64
 import binascii
-import hmac
 import json
 import struct
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from typing import Annotated, Any, Literal
 
 import asyncpg
@@ -19,8 +19,6 @@ from kamiyo import handlers, inbox
 from kamiyo.database import UNAVAILABLE, Connection
 from kamiyo.errors import (
     AdminError,
-    AdminKeyInvalid,
-    AdminKeyMissing,
     DatabaseUnavailable,
     ReceiveError,
     Unavailable,
@@ -30,6 +28,7 @@ from kamiyo.inbox import Filters
 from kamiyo.settings import Settings
 from kamiyo.telemetry import happened
 from kamiyo.web import models
+from kamiyo.web.doorkeeper import Doorkeeper
 from kamiyo.web.system import System
 
 _UNAUTHORIZED: dict[int | str, dict[str, Any]] = {
@@ -41,6 +40,15 @@ _UNKNOWN: dict[int | str, dict[str, Any]] = {
 }
 
 _NOT_NOW: tuple[type[BaseException], ...] = (*UNAVAILABLE, asyncpg.UndefinedTableError)
+
+# What operators see is nobody else's: not a cache's, not a frame's, not another site's.
+_SAFE_HEADERS = {
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+}
 
 #: Names come from URLs and go to PostgreSQL's text, which holds no NUL.
 _Name = Annotated[str, Query(max_length=LONGEST_NAME, pattern=r"^[^\x00]+$")]
@@ -59,10 +67,12 @@ class AnsweringRoute(APIRoute):
 
         async def answer(request: Request) -> Response:
             try:
-                return await handler(request)
+                response = await handler(request)
             except (AdminError, ReceiveError) as error:
                 headers = {"Retry-After": str(error.retry_after)} if error.retry_after is not None else None
-                return JSONResponse({"detail": error.detail}, error.status, headers)
+                response = JSONResponse({"detail": error.detail}, error.status, headers)
+            response.headers.update(_SAFE_HEADERS)
+            return response
 
         return answer
 
@@ -85,13 +95,14 @@ def admin_router(current: Callable[[], System | None], settings: Callable[[], Se
         except _NOT_NOW as error:
             raise DatabaseUnavailable from error
 
-    def admin(x_admin_key: Annotated[str | None, Header(description="ADMIN_API_KEY")] = None) -> None:
-        key = settings().admin_api_key.get_secret_value()
-        if not key:
-            raise AdminKeyMissing
-        if not hmac.compare_digest(key.encode(), (x_admin_key or "").encode("utf-8", "replace")):
-            happened("admin_refused")
-            raise AdminKeyInvalid
+    @cache
+    def doorkeeper() -> Doorkeeper:
+        return Doorkeeper(settings().admin_api_key.get_secret_value())
+
+    async def admin(
+        request: Request, x_admin_key: Annotated[str | None, Header(description="ADMIN_API_KEY")] = None
+    ) -> None:
+        await doorkeeper().admit(x_admin_key, request.client.host if request.client else "")
 
     guarded: dict[str, Any] = {"dependencies": [Depends(admin)], "tags": ["operators"]}
 

@@ -17,6 +17,7 @@ from kamiyo.postgres import EmbeddedPostgres
 from kamiyo.receive import Receiver
 from kamiyo.settings import Settings
 from kamiyo.telemetry import happened
+from kamiyo.watchdog import watching
 from kamiyo.worker import Worker
 
 
@@ -64,7 +65,10 @@ async def running(settings: Settings) -> AsyncIterator[System]:
                 await _make_ready(system)
             system._tasks = [asyncio.create_task(_serve(system), name="kamiyo")]
             happened("started", worker=settings.worker, environment=settings.environment.value)
-            yield system
+            # Longer than a handler may take, so that only one that the limit cannot reach is met by it.
+            watchdog = watching(settings.handler_timeout + 15) if settings.watchdog else contextlib.nullcontext()
+            async with watchdog:
+                yield system
         finally:
             happened("stopping")
             await _stop(system)

@@ -4,13 +4,14 @@ A plain ASGI callable: FastAPI's call path costs several times what receiving an
 `/docs` shows is in `admin.py`'s neighbour `app.py`; this one answers.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 import msgspec
 
 from kamiyo import telemetry
-from kamiyo.errors import BodyTooLarge, PayloadError, ReceiveError, SignatureError, Unavailable
+from kamiyo.errors import BodyTooLarge, BodyTooSlow, PayloadError, ReceiveError, SignatureError, Unavailable
 from kamiyo.receive import Receipt
 from kamiyo.telemetry import happened
 from kamiyo.web.system import System
@@ -22,6 +23,10 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 _encode = msgspec.json.Encoder().encode
 _JSON = (b"content-type", b"application/json")
 _SAFE = (b"x-content-type-options", b"nosniff")
+
+
+# A body that came in one piece, as Stripe's do, is never timed. One that trickles may hold its connection this long.
+_BODY_SECONDS = 15.0
 
 
 class _ClientLeft(Exception):
@@ -81,16 +86,24 @@ async def _body(receive: Receive, limit: int) -> bytes:
         if len(body) > limit:
             raise BodyTooLarge
         return body
+    try:
+        async with asyncio.timeout(_BODY_SECONDS):
+            return await _rest_of_body(receive, body, limit)
+    except TimeoutError:
+        raise BodyTooSlow from None
+
+
+async def _rest_of_body(receive: Receive, body: bytes, limit: int) -> bytes:
     parts, size = [body], len(body)
-    while message.get("more_body", False):
-        if size > limit:
-            raise BodyTooLarge
+    while size <= limit:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise _ClientLeft
         part: bytes = message.get("body", b"")
         parts.append(part)
         size += len(part)
+        if not message.get("more_body", False):
+            break
     if size > limit:
         raise BodyTooLarge
     return b"".join(parts)
@@ -103,6 +116,8 @@ def _count_refusal(error: ReceiveError) -> None:
         reason = "payload"
     elif isinstance(error, BodyTooLarge):
         reason = "too_large"
+    elif isinstance(error, BodyTooSlow):
+        reason = "too_slow"
     else:
         reason = type(error).__name__.lower()
     telemetry.REJECTED.labels(reason).inc()
@@ -114,7 +129,7 @@ async def _answer(send: Send, status: int, content: dict[str, str], retry_after:
     headers = [_JSON, _SAFE, (b"content-length", str(len(body)).encode())]
     if retry_after is not None:
         headers.append((b"retry-after", str(retry_after).encode()))
-    if status == 413:
+    if status in (408, 413):
         # The rest of the body was not read, so nothing sensible can follow it on this connection.
         headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
