@@ -105,7 +105,7 @@ step "failed events: $(grep -o '"count":[0-9]*' "$reply" | tr -d '"')" $?
 status=$(curl -sS -m 20 -o /dev/null -w '%{http_code}' "$api/statistics")
 [ "$status" = 401 ]
 step "without the admin key the door is shut" $?
-curl -sS -m 20 "$base/metrics" 2> /dev/null | grep -q '^webhook_events_total'
+curl -sS -m 20 -o "$reply" "$base/metrics" && said '^webhook_events_total'
 step "Prometheus metrics at /metrics" $?
 
 if [ "$failures" -eq 0 ]; then echo "All is well."; else echo "$failures of the steps failed."; fi

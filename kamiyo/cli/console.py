@@ -23,8 +23,17 @@ from kamiyo import database
 from kamiyo.settings import Settings, load_settings
 from kamiyo.web.system import database_url
 
-console = Console()
-_stderr = Console(stderr=True)
+# Never narrower than this: a line that the terminal wraps can still be copied, an id that was cut off cannot.
+_NARROWEST = 150
+
+
+def _console(*, stderr: bool = False) -> Console:
+    found = Console(stderr=stderr)
+    return Console(stderr=stderr, width=max(found.width, _NARROWEST))
+
+
+console = _console()
+_stderr = _console(stderr=True)
 
 #: The two secrets `make run` makes for itself, so that a newcomer needs none.
 _DEVELOPMENT = ("STRIPE_WEBHOOK_SECRET", "ADMIN_API_KEY")
