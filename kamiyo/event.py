@@ -7,7 +7,7 @@ event (`object: "v2.core.event"`) only names it. Source: Stripe's documentation,
 import json
 import zlib
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
 
@@ -161,10 +161,15 @@ def decode(body: bytes) -> dict[str, Any]:
 def _decode_patiently(body: bytes) -> Any:
     # JSON's grammar allows an unpaired surrogate escape; msgspec refuses it, PostgreSQL's text cannot hold it.
     # The standard parser takes it, and the odd half becomes a replacement character.
+    # Its other liberties (NaN, UTF-16) are not JSON.
     try:
-        return _without_surrogates(json.loads(body))
+        return _without_surrogates(json.loads(body.decode(), parse_constant=_not_json))
     except (ValueError, RecursionError) as error:
         raise PayloadError from error
+
+
+def _not_json(constant: str) -> Any:
+    raise ValueError(f"{constant} is not JSON")
 
 
 def _without_surrogates(value: Any) -> Any:
@@ -235,7 +240,8 @@ def _name(value: Any) -> str | None:
 def _seconds(value: Any, otherwise: float) -> int:
     if isinstance(value, str):  # thin events say 2026-10-28T12:00:00.000Z
         try:
-            return int(datetime.fromisoformat(value).timestamp())
+            moment = datetime.fromisoformat(value)
+            value = int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
         except (ValueError, OverflowError):
             return int(otherwise)
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LAST_SECOND:

@@ -65,12 +65,13 @@ SELECT event_id FROM due JOIN mine USING (lane);
 -- name: claim
 -- Takes the held events that are still due. A statement of its own, because only a snapshot taken after the locks
 -- shows what the last holder of a lane left behind. An event found in 'processing' was abandoned: its worker died.
+-- started_at stays until that death is recorded, should this worker die before it has done so.
 WITH found AS (
     SELECT event_id, status, started_at FROM webhook_events
     WHERE event_id = ANY ($1::text[]) AND next_try_at <= now()
 ), claimed AS (
     UPDATE webhook_events AS e
-    SET status = 'processing', claim = $2, started_at = NULL, failed_at = NULL,
+    SET status = 'processing', claim = $2, failed_at = NULL,
         suspect = e.suspect OR found.status = 'processing'
     FROM found WHERE e.event_id = found.event_id
     RETURNING e.*, found.status = 'processing' AS abandoned, found.started_at AS abandoned_at
@@ -120,10 +121,11 @@ SELECT event_id, event_type, $3, next_try_at, $6, $7, $8, $9 FROM failed
 RETURNING id;
 
 -- name: release
--- Gives claimed events back untried, as they were.
+-- Gives claimed events back untried, as they were. A try that had begun does not count: it was stopped, not failed.
 UPDATE webhook_events
-SET status = CASE WHEN attempts > 0 THEN 'failed' ELSE 'pending' END,
-    failed_at = CASE WHEN attempts > 0 THEN clock_timestamp() END, claim = NULL, started_at = NULL
+SET status = CASE WHEN attempts > (started_at IS NOT NULL)::int THEN 'failed' ELSE 'pending' END,
+    failed_at = CASE WHEN attempts > (started_at IS NOT NULL)::int THEN clock_timestamp() END,
+    attempts = attempts - (started_at IS NOT NULL)::int, claim = NULL, started_at = NULL
 WHERE event_id = ANY ($1::text[]) AND claim = $2 AND status = 'processing';
 
 -- name: next_due

@@ -32,7 +32,7 @@ import asyncpg
 import msgspec
 
 from kamiyo.database import Connection, load_queries
-from kamiyo.errors import KamiyoError
+from kamiyo.errors import KamiyoError, PayloadError
 from kamiyo.event import Event
 
 _SQL = load_queries("projections.sql")
@@ -78,6 +78,11 @@ class Row:
         """Which row of which table this is."""
         return self.table, self.key
 
+    @property
+    def is_stub(self) -> bool:
+        """Whether it comes from a deletion that only says that the customer is gone, without the customer."""
+        return _is_stub(self.table, self.rank)
+
 
 @dataclass(frozen=True, slots=True)
 class Standing:
@@ -90,7 +95,7 @@ class Standing:
     @property
     def is_stub(self) -> bool:
         """Whether the row was made by a deletion that did not carry the customer."""
-        return self.table == "customers" and bool(self.rank & _TERMINAL) and not self.rank & 1
+        return _is_stub(self.table, self.rank)
 
 
 # ── Shapes: only the fields that are kept, in every version's place ─────────────────────────────────────────────
@@ -395,7 +400,7 @@ def table_of(event: Event) -> str | None:
 def row_of(event: Event, received: datetime) -> Row | None:
     """The row as `event` tells it, or None where the event has none to tell.
 
-    Raises ProjectionError when the object has a field of a type that Stripe does not document.
+    Raises ProjectionError when the object cannot be read, or has a field of a type Stripe does not document.
     """
     kind = _kind_of(event)
     if kind is None:
@@ -407,16 +412,42 @@ def row_of(event: Event, received: datetime) -> Row | None:
 
 
 def row_before(event: Event, received: datetime) -> Row | None:
-    """The row as it was before `event`, from its `previous_attributes`; None where Stripe gives none."""
-    kind, previous = _kind_of(event), event.previous_attributes
-    if kind is None or not previous:
+    """The row as it was before `event`, from its `previous_attributes`; None where Stripe gives none.
+
+    Raises ProjectionError when that cannot be read, or has a field of a type that Stripe does not document.
+    """
+    kind = _kind_of(event)
+    if kind is None:
         return None
-    return _row(kind, event, _converted(kind, _overlaid(event.object, previous)), received)
+    try:
+        previous = event.previous_attributes
+        if not previous:
+            return None
+        # Cleaned like the row itself, or a state would not equal the one that it became.
+        shaped = _converted(kind, _without_nul(_overlaid(event.object, previous)))
+    except _UNREADABLE:
+        raise ProjectionError(_CANNOT_BE_READ) from None
+    return _row(kind, event, shaped, received)
 
 
 def is_stub(event: Event) -> bool:
-    """Whether this deletion only says that the object is gone, without the object."""
-    return event.type == "customer.deleted" and "created" not in event.object
+    """Whether this deletion only says that the customer is gone, without the customer."""
+    if event.type != "customer.deleted":
+        return False
+    try:
+        return event.object.get("created") is None
+    except _UNREADABLE:
+        return False  # what is wrong with it, `row_of` says
+
+
+def begins(event: Event) -> bool:
+    """Whether this event is the first of its object's life, so that nothing was there before it."""
+    return event.type in _FIRST_TYPES
+
+
+def second_of(rank: int) -> int:
+    """Stripe's second (unix) in a rank."""
+    return (rank & (_TERMINAL - 1)) >> 14
 
 
 def _row(kind: _Kind, event: Event, shaped: Any, received: datetime) -> Row:
@@ -432,16 +463,25 @@ def _row(kind: _Kind, event: Event, shaped: Any, received: datetime) -> Row:
     )
 
 
+# What reading raises for text that is no UTF-8 (nobody looked inside the strings before), and for an object
+# nested deeper than Python's stack.
+_UNREADABLE = (PayloadError, RecursionError)
+_CANNOT_BE_READ = "The object cannot be read: its text is not UTF-8, or it is nested too deep"
+
+
 def _shaped(kind: _Kind, event: Event) -> Any:
-    # PostgreSQL's text and jsonb hold no NUL; JSON does. Such bodies take the slow road, cleaned on the way.
-    if b"\\u0000" in event.body:
-        return _converted(kind, _without_nul(event.object))
     try:
-        return kind.read(event.body).data.object
-    except msgspec.ValidationError as error:
-        raise ProjectionError(str(error)) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return _converted(kind, event.object)
+        # PostgreSQL's text and jsonb hold no NUL; JSON does. Such bodies take the slow road, cleaned on the way.
+        if b"\\u0000" in event.body:
+            return _converted(kind, _without_nul(event.object))
+        try:
+            return kind.read(event.body).data.object
+        except msgspec.ValidationError as error:
+            raise ProjectionError(str(error)) from None
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return _converted(kind, event.object)
+    except _UNREADABLE:
+        raise ProjectionError(_CANNOT_BE_READ) from None
 
 
 def _converted(kind: _Kind, value: dict[str, Any]) -> Any:
@@ -462,10 +502,14 @@ def _without_nul(value: Any) -> Any:
 
 
 def _overlaid(now: Any, before: dict[str, Any]) -> dict[str, Any]:
-    # Stripe gives changed keys only; of a changed hash only the changed keys within; lists whole.
+    # Stripe gives changed keys only; of a changed hash only the changed keys within; lists whole. A key that was
+    # not there before is given as null, which in metadata (text only) is the same as not being there.
     merged = dict(now) if isinstance(now, dict) else {}
     for name, value in before.items():
         merged[name] = _overlaid(merged.get(name), value) if isinstance(value, dict) else value
+    metadata = merged.get("metadata")
+    if isinstance(metadata, dict):
+        merged["metadata"] = {name: value for name, value in metadata.items() if value is not None}
     return merged
 
 
@@ -502,6 +546,10 @@ _LAST_TYPES = frozenset(
 _TERMINAL = 1 << 56
 
 
+def _is_stub(table: str, rank: int) -> bool:
+    return table == "customers" and bool(rank & _TERMINAL) and not rank & 1
+
+
 def _ends(event: Event) -> bool:
     return event.type in _LAST_TYPES
 
@@ -515,8 +563,8 @@ def _rank(kind: _Kind, event: Event, shaped: Any) -> int:
         attempts = min(max(shaped.attempt_count or 0, 0), 255)
     elif kind.table == "subscriptions":
         step = _SUBSCRIPTION_STEPS.get(status or "", 1)
-    stage = 2 if _ends(event) else 0 if event.type in _FIRST_TYPES else 1
-    whole = not (kind.table == "customers" and shaped.deleted and shaped.created is None)
+    stage = 2 if _ends(event) else 0 if begins(event) else 1
+    whole = not (kind.table == "customers" and _ends(event) and shaped.created is None)
     return terminal * _TERMINAL | event.created << 14 | step << 12 | stage << 10 | attempts << 1 | whole
 
 
@@ -547,6 +595,15 @@ async def write(db: Connection, rows: Sequence[Row], *, force: bool = False) -> 
         for key_id, account, livemode, rank, event_id in found:
             before[table, (key_id, account, livemode)] = Standing(table, rank, event_id)
     return before
+
+
+async def kept_customer(db: Connection, key: _Key) -> Row | None:
+    """The row of a customer as it stands; None where there is none."""
+    found = await db.fetchrow(_SQL["kept_customer"], *key)
+    if found is None:
+        return None
+    *values, event_id, received, rank, evidence = found
+    return Row("customers", *key, tuple(values), event_id, received, rank, evidence)
 
 
 def composite(row: Row) -> tuple[Any, ...]:

@@ -144,6 +144,13 @@ WITH incoming AS (
 )
 SELECT id, account, livemode, last_event_rank, last_webhook_event_id FROM standing;
 
+-- name: kept_customer
+-- A customer as they stand, in the units of billing.customers_row.
+SELECT email, name, phone, description, currency, balance, delinquent, default_payment_method, metadata::text,
+       extract(epoch FROM created)::bigint, extract(epoch FROM deleted_at)::bigint,
+       last_webhook_event_id, last_webhook_updated_at, last_event_rank, order_evidence
+FROM billing.customers WHERE id = $1 AND account = $2 AND livemode = $3;
+
 -- name: hold_tables
 -- Other writers wait until the rebuild commits; readers do not, and neither do deliveries: they are told by the lock
 -- that nothing can be projected on arrival now (see webhook_receive).

@@ -100,8 +100,13 @@ class Receiver:
         self._waiting.append(_Waiting(event, answer))
         self._bytes_waiting += size
         self._wake.set()
-        # A client that gives up does not take its event back out of the group.
-        return await asyncio.shield(answer)
+        try:
+            async with asyncio.timeout(self._commit_timeout):
+                # A client that gives up does not take its event back out of the group.
+                return await asyncio.shield(answer)
+        except TimeoutError:
+            # It may still be committed. Then the sender's next copy is a duplicate, which does no harm.
+            raise DatabaseUnavailable from None
 
     async def run(self) -> None:
         """Commit group after group until `close`, reconnecting as often as it takes."""

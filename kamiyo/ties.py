@@ -15,9 +15,12 @@ Evidence, from the strongest down:
 Otherwise nothing in the events tells, and nobody guesses: the row is marked `undecided`, to be read from Stripe.
 """
 
+import contextlib
+import json
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any
 
 from kamiyo import inbox, projections
@@ -45,63 +48,94 @@ async def project(db: Connection, told: Sequence[tuple[Event, Row]]) -> set[str]
     Returns the ids of the events whose object has moved on already: a newer state is applied. The caller holds the
     lanes of all these objects, and owns the transaction.
     """
-    stubs = {event.id for event, _ in told if projections.is_stub(event)}
-    before = await projections.write(
-        db, projections.highest(row for _, row in told if row.event_id not in stubs)
-    )
-    groups: dict[projections.Place, list[tuple[Event, Row]]] = defaultdict(list)
-    for event, row in told:
-        groups[row.place].append((event, row))
+    before = await projections.write(db, projections.highest(row for _, row in told if not row.is_stub))
+    groups: dict[projections.Place, list[Row]] = defaultdict(list)
+    for _, row in told:
+        groups[row.place].append(row)
     superseded: set[str] = set()
     for place, group in groups.items():
-        superseded |= await _settle_object(db, group, before.get(place), stubs)
+        superseded |= await _settle_object(db, group, before.get(place))
     return superseded
 
 
-async def _settle_object(
-    db: Connection, group: Sequence[tuple[Event, Row]], standing: Standing | None, stubs: set[str]
-) -> set[str]:
+async def _settle_object(db: Connection, group: Sequence[Row], standing: Standing | None) -> set[str]:
     """What set-based writing could not decide for one object; returns the ids of superseded events."""
-    top = max(row.rank for _, row in group)
+    top = max(row.rank for row in group)
     if standing is not None and standing.rank > top:
         top = standing.rank
-    at_top = {row.event_id: (event, row) for event, row in group if row.rank == top}
-    rivals = at_top.keys() | ({standing.event_id} if standing is not None and standing.rank == top else set())
-    if stubs.intersection(row.event_id for _, row in group) or (standing is not None and standing.is_stub):
-        await _merge_stub(db, group, top)
-    elif at_top and len(rivals) > 1:
-        event, row = next(iter(at_top.values()))
-        settled = await _settle(db, row, event.created)
-        if settled.evidence == "undecided":
-            happened("order_undecided", object_id=settled.id, event_id=settled.event_id)
-    return {row.event_id for _, row in group if row.rank < top}
+    settled = None
+    if any(row.is_stub for row in group) or (standing is not None and standing.is_stub):
+        settled = await _merge_stub(db, group)
+    elif _is_contested(group, standing, top):
+        settled = await _settle(db, group, standing, top)
+    if settled is not None and settled.evidence == "undecided":
+        happened("order_undecided", object_id=settled.id, event_id=settled.event_id)
+    return {row.event_id for row in group if row.rank < top or _lost(row, settled)}
 
 
-async def _settle(db: Connection, row: Row, second: int) -> Row:
-    """Weigh the events of `row`'s object within `second`, write what they come to, and return it."""
-    told = await inbox.of_second(db, row.id, row.account, row.livemode, second)
-    observations = [found for event, received in told if (found := _observation(event, received, row.table))]
-    # Without bodies to weigh (retention took them), what tells is gone too.
-    latest = decide(observations) if observations else projections.marked(row, "undecided")
+def _is_contested(group: Sequence[Row], standing: Standing | None, top: int) -> bool:
+    rivals = {row.event_id for row in group if row.rank == top}
+    if standing is None or standing.rank < top:
+        return len(rivals) > 1
+    # An event of lower rank that comes late decides nothing itself. But in the same second it is evidence, and
+    # what the others come to must not depend on whether it came before them.
+    second = projections.second_of(top)
+    return bool(rivals - {standing.event_id}) or any(
+        row.rank < top and projections.second_of(row.rank) == second for row in group
+    )
+
+
+def _lost(row: Row, settled: Row | None) -> bool:
+    """Whether `row` was weighed against another of its rank, and the other is known to be the later one."""
+    return (
+        settled is not None
+        and settled.evidence == "decided"
+        and settled.rank == row.rank
+        and settled.values != row.values
+        and not row.is_stub
+    )
+
+
+async def _settle(db: Connection, group: Sequence[Row], standing: Standing | None, top: int) -> Row | None:
+    """Weigh all events of the object within the second of `top`, write what they come to, and return it."""
+    sample = group[0]
+    told = await inbox.of_second(db, *sample.key, projections.second_of(top))
+    observations = _observations(told, sample.table)
+    weighed = {seen.row.event_id for seen in observations}
+    if standing is None or standing.rank < top or standing.event_id in weighed:
+        latest = decide(observations)
+    else:
+        # Retention took the body of the one that stands, and what would tell with it.
+        rivals = [row for row in group if row.rank == top and row.event_id != standing.event_id]
+        if not rivals:
+            return None
+        latest = projections.marked(max(rivals, key=lambda row: row.event_id), "undecided")
     await projections.write(db, [latest], force=True)
     return latest
 
 
-async def _merge_stub(db: Connection, group: Sequence[tuple[Event, Row]], top: int) -> None:
-    """A deletion that only says "gone": keep what was last known of the customer, and when they were deleted."""
-    sample = group[0][1]
-    known = {row.event_id: (event, row) for event, row in group}
-    for event, received in await inbox.of_object(db, sample.id, sample.account, sample.livemode):
-        seen = _observation(event, received, sample.table)
-        if seen is not None:
-            known.setdefault(event.id, (event, seen.row))
-    [last] = projections.highest(row for _, row in known.values())
-    if last.rank < top:
-        return  # the deletion itself is past its retention; the row it left stands
-    whole = projections.highest(row for event, row in known.values() if not projections.is_stub(event))
-    if whole and whole[0] is not last:
-        last = replace(last, values=(*whole[0].values[:-1], last.values[-1]))
-    await projections.write(db, [last], force=True)
+async def _merge_stub(db: Connection, group: Sequence[Row]) -> Row | None:
+    """A deletion that only says "gone": keep what was last known of the customer, and since when they are."""
+    sample = group[0]
+    seen = _observations(await inbox.of_object(db, *sample.key), sample.table)
+    stubs = projections.highest(row for row in (*group, *(one.row for one in seen)) if row.is_stub)
+    if not stubs:
+        return None  # retention took its body; the row it made stands, and nothing comes after it
+    [latest] = stubs
+    whole = [one for one in seen if not one.row.is_stub]
+    second = projections.second_of(max((one.row.rank for one in whole), default=0))
+    known = decide([one for one in whole if projections.second_of(one.row.rank) == second]) if whole else None
+    kept = await projections.kept_customer(db, sample.key)
+    if kept is not None and (known is None or (known.rank < kept.rank and not kept.is_stub)):
+        # Retention took the bodies that would tell it; the row itself still remembers.
+        known = kept
+    if known is not None and known.rank > latest.rank:
+        latest = known
+    elif known is not None:
+        values = (*known.values[:-1], latest.values[-1])
+        latest = replace(latest, values=values, evidence=known.evidence)
+    await projections.write(db, [latest], force=True)
+    return latest
 
 
 def decide(observations: Sequence[Observation]) -> Row:
@@ -119,13 +153,22 @@ def decide(observations: Sequence[Observation]) -> Row:
     )
 
 
-def _observation(event: Event, received: Any, table: str) -> Observation | None:
+def _observations(told: Iterable[tuple[Event, datetime]], table: str) -> list[Observation]:
+    seen = (_observation(event, received, table) for event, received in told)
+    return [one for one in seen if one is not None]
+
+
+def _observation(event: Event, received: datetime, table: str) -> Observation | None:
     try:
         row = projections.row_of(event, received)
-        before = projections.row_before(event, received)
     except ProjectionError:
         return None  # it could not be applied either
-    return Observation(event, row, before) if row is not None and row.table == table else None
+    if row is None or row.table != table:
+        return None
+    before = None
+    with contextlib.suppress(ProjectionError):
+        before = projections.row_before(event, received)
+    return Observation(event, row, before)
 
 
 def _end_of_trail(observations: Sequence[Observation]) -> tuple[Any, ...] | None:
@@ -135,7 +178,7 @@ def _end_of_trail(observations: Sequence[Observation]) -> tuple[Any, ...] | None
         if seen.before is not None:
             balance[seen.row.values] += 1
             balance[seen.before.values] -= 1
-        elif seen.event.type.endswith(".created"):
+        elif projections.begins(seen.event):
             balance[seen.row.values] += 1  # entered from nothing
         else:
             loose.add(seen.row.values)
@@ -149,11 +192,15 @@ def _end_of_trail(observations: Sequence[Observation]) -> tuple[Any, ...] | None
 def _later_than_all(candidates: Sequence[Observation]) -> tuple[Any, ...] | None:
     if len(candidates) > _MOST_COMPARED:
         return None
+    looks = [_Look(_facts(seen.row), _replaced(seen)) for seen in candidates]
     newer: dict[tuple[Any, ...], set[tuple[Any, ...]]] = {seen.row.values: set() for seen in candidates}
-    for one in candidates:
-        for other in candidates:
-            if one.row.values != other.row.values and _is_older(one.event, other.event):
-                newer[one.row.values].add(other.row.values)
+    for one, look in zip(candidates, looks, strict=True):
+        for other, sight in zip(candidates, looks, strict=True):
+            if one.row.values == other.row.values or not look.still_has(sight.replaced):
+                continue
+            if sight.still_has(look.replaced):
+                return None  # a value changed and changed back: what either still has tells nothing
+            newer[one.row.values].add(other.row.values)
     for _ in newer:  # what is newer than the newer is newer
         for values, above in newer.items():
             newer[values] = above.union(*(newer[higher] for higher in above))
@@ -167,19 +214,25 @@ def _later_than_all(candidates: Sequence[Observation]) -> tuple[Any, ...] | None
     )
 
 
-def _is_older(one: Event, other: Event) -> bool:
-    return _still_has(one.object, other.previous_attributes) and not _still_has(
-        other.object, one.previous_attributes
-    )
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What an event shows of its object, and what it says it replaced. Columns, which no API version words its own way."""
+
+    now: dict[str, Any]
+    replaced: dict[str, Any]
+
+    def still_has(self, replaced: dict[str, Any]) -> bool:
+        return bool(replaced) and all(self.now.get(name) == value for name, value in replaced.items())
 
 
-def _still_has(now: dict[str, Any], before: dict[str, Any]) -> bool:
-    return bool(before) and all(_same(now.get(name), value) for name, value in before.items())
+def _facts(row: Row) -> dict[str, Any]:
+    facts = dict(zip(projections.COLUMNS[row.table], row.values, strict=True))
+    metadata = json.loads(facts.pop("metadata"))
+    return facts | {f"metadata {name}": value for name, value in metadata.items()}
 
 
-def _same(now: Any, before: Any) -> bool:
-    if isinstance(before, dict) and isinstance(now, dict):
-        return all(_same(now.get(name), value) for name, value in before.items())
-    if isinstance(before, list) and isinstance(now, list):
-        return len(before) == len(now) and all(map(_same, now, before))
-    return bool(now == before)
+def _replaced(seen: Observation) -> dict[str, Any]:
+    if seen.before is None:
+        return {}
+    now, before = _facts(seen.row), _facts(seen.before)
+    return {name: before.get(name) for name in now | before if now.get(name) != before.get(name)}

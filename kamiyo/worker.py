@@ -17,8 +17,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-import asyncpg
-
 from kamiyo import handlers, inbox, projections, retry, telemetry, ties
 from kamiyo.database import DATABASE_ERRORS, Connection, Pool, listening
 from kamiyo.errors import DatabaseUnavailable
@@ -188,7 +186,7 @@ class Worker:
                 happened("claim_lost", reason=str(error))
             except asyncio.CancelledError:
                 if not db.is_closed():
-                    await asyncio.shield(inbox.release(db, number, [claimed.event.id for claimed in chunk]))
+                    await asyncio.shield(inbox.release(db, number, [claimed.event.id for claimed in fit]))
                 raise
 
     def _chunks(self, batch: Sequence[Claimed]) -> Iterator[list[Claimed]]:
@@ -206,14 +204,16 @@ class Worker:
 
     async def _run_chunk(self, db: Connection, number: int, chunk: Sequence[Claimed]) -> None:
         trials = [_Trial(claimed, claimed.attempts + 1) for claimed in chunk]
-        if len(trials) == 1 and self.registry.of(trials[0].event.type):
+        if len(trials) == 1 and (chunk[0].suspect or self.registry.of(trials[0].event.type)):
             await inbox.start(db, number, trials[0].event.id, trials[0].attempt)
         try:
             async with db.transaction():
                 await self._apply(db, number, trials)
-        except asyncpg.PostgresError as error:
-            # The database refused something in the batch that looked right from here. Together they cannot pass, so
-            # each goes alone, and only the one that is refused has failed.
+        except ClaimLost:
+            raise
+        except Exception as error:
+            # The database refused something in the batch that looked right from here, or an event holds what nobody
+            # thought of. Together they cannot pass, so each goes alone, and only the one that cannot has failed.
             if db.is_closed():
                 raise
             if len(trials) == 1:
@@ -278,9 +278,7 @@ class Worker:
         wait = retry.delay_after(attempt, self.rng, first=self.settings.first_retry_delay)
         return error.after if isinstance(error, Retry) and wait is not None else wait
 
-    async def _settle_refused(
-        self, db: Connection, number: int, trial: _Trial, error: asyncpg.PostgresError
-    ) -> None:
+    async def _settle_refused(self, db: Connection, number: int, trial: _Trial, error: Exception) -> None:
         # The refusal undid the billing row as well. It is true whatever the handler came to, so it is written again;
         # unless it is what was refused.
         trial.error = trial.error or error
@@ -288,7 +286,9 @@ class Worker:
             async with db.transaction():
                 await _project(db, [trial])
                 await self._record(db, number, trial)
-        except asyncpg.PostgresError:
+        except ClaimLost:
+            raise
+        except Exception:
             if db.is_closed():
                 raise
             await self._record(db, number, trial)

@@ -54,14 +54,15 @@ CREATE TABLE IF NOT EXISTS webhook_events (
     -- True once a worker died with this event in its batch: from then on it runs alone, so that the one that
     -- kills is told from its neighbours.
     suspect        boolean     NOT NULL DEFAULT false,
-    event_id       text        PRIMARY KEY,
+    -- Ids are compared byte by byte: faster than by a language's rules, and no index goes stale when those change.
+    event_id       text        COLLATE "C" PRIMARY KEY,
     event_type     text        NOT NULL,
     status         text        NOT NULL DEFAULT 'pending',
     -- What processing it meant: 'projected', 'handled', 'ignored'. Null until it is processed.
     outcome        text,
     object_type    text,
-    object_id      text,
-    customer       text,
+    object_id      text        COLLATE "C",
+    customer       text        COLLATE "C",
     -- Connect: the connected account; empty for one's own. Context: organisations.
     account        text        NOT NULL DEFAULT '',
     context        text        NOT NULL DEFAULT '',
@@ -141,7 +142,9 @@ BEGIN
         EXECUTE format('CREATE TABLE %I (LIKE webhook_payloads INCLUDING DEFAULTS INCLUDING CONSTRAINTS)', part);
         -- Compressing costs more CPU here than the bytes it saves: see docs/performance.md.
         EXECUTE format('ALTER TABLE %I ALTER body SET STORAGE EXTERNAL', part);
-        EXECUTE format('ALTER TABLE %I SET (autovacuum_vacuum_insert_scale_factor = 1)', part);
+        -- Bodies of up to 8 KB, which is nearly all of Stripe's, stay in the row: moving each into the TOAST table cost
+        -- half as much again.
+        EXECUTE format('ALTER TABLE %I SET (toast_tuple_target = 8160, autovacuum_vacuum_insert_scale_factor = 1)', part);
         EXECUTE format('ALTER TABLE webhook_payloads ATTACH PARTITION %I FOR VALUES FROM (%L) TO (%L)',
                        part, day::timestamp AT TIME ZONE 'UTC', (day + 1)::timestamp AT TIME ZONE 'UTC');
         made := made + 1;
@@ -173,7 +176,7 @@ CREATE OR REPLACE VIEW webhook_event_payloads AS
 CREATE TABLE IF NOT EXISTS webhook_failures (
     id            bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     created_at    timestamptz NOT NULL DEFAULT clock_timestamp(),
-    event_id      text        NOT NULL REFERENCES webhook_events ON DELETE CASCADE,
+    event_id      text        COLLATE "C" NOT NULL REFERENCES webhook_events ON DELETE CASCADE,
     event_type    text        NOT NULL,
     retry_count   smallint    NOT NULL CHECK (retry_count BETWEEN 1 AND 5),
     -- When it was to be tried again; null: this was the last try.
@@ -191,7 +194,7 @@ CREATE INDEX IF NOT EXISTS webhook_failures_created_at ON webhook_failures (crea
 -- Ids of events that were cleaned up while Stripe could still send them again (it does so for 30 days), so that
 -- a late copy is known for what it is.
 CREATE TABLE IF NOT EXISTS webhook_tombstones (
-    event_id       text        PRIMARY KEY,
+    event_id       text        COLLATE "C" PRIMARY KEY,
     stripe_created timestamptz NOT NULL
 );
 CREATE INDEX IF NOT EXISTS webhook_tombstones_stripe_created ON webhook_tombstones (stripe_created);

@@ -19,7 +19,7 @@ CREATE SCHEMA IF NOT EXISTS billing;
 --                            'undecided' two events of the same second say different things and nothing in them
 --                                        tells which is later: the row must be read from Stripe
 CREATE TABLE IF NOT EXISTS billing.customers (
-    id                      text        NOT NULL,
+    id                      text        COLLATE "C" NOT NULL,
     account                 text        NOT NULL DEFAULT '',
     livemode                boolean     NOT NULL,
     email                   text,
@@ -44,10 +44,10 @@ CREATE TABLE IF NOT EXISTS billing.customers (
 ) WITH (fillfactor = 85);
 
 CREATE TABLE IF NOT EXISTS billing.subscriptions (
-    id                      text        NOT NULL,
+    id                      text        COLLATE "C" NOT NULL,
     account                 text        NOT NULL DEFAULT '',
     livemode                boolean     NOT NULL,
-    customer                text,
+    customer                text        COLLATE "C",
     status                  text,
     currency                text,
     -- Of the first item; all of them are in items.
@@ -76,11 +76,11 @@ CREATE TABLE IF NOT EXISTS billing.subscriptions (
 CREATE INDEX IF NOT EXISTS subscriptions_customer ON billing.subscriptions (customer);
 
 CREATE TABLE IF NOT EXISTS billing.invoices (
-    id                      text        NOT NULL,
+    id                      text        COLLATE "C" NOT NULL,
     account                 text        NOT NULL DEFAULT '',
     livemode                boolean     NOT NULL,
-    customer                text,
-    subscription            text,
+    customer                text        COLLATE "C",
+    subscription            text        COLLATE "C",
     number                  text,
     status                  text,
     currency                text,
@@ -113,11 +113,11 @@ CREATE INDEX IF NOT EXISTS invoices_customer ON billing.invoices (customer);
 CREATE INDEX IF NOT EXISTS invoices_subscription ON billing.invoices (subscription);
 
 CREATE TABLE IF NOT EXISTS billing.payment_methods (
-    id                      text        NOT NULL,
+    id                      text        COLLATE "C" NOT NULL,
     account                 text        NOT NULL DEFAULT '',
     livemode                boolean     NOT NULL,
     -- Null once detached: it is no longer its customer's.
-    customer                text,
+    customer                text        COLLATE "C",
     type                    text,
     brand                   text,
     last4                   text,

@@ -66,7 +66,9 @@ async def running(settings: Settings) -> AsyncIterator[System]:
             system._tasks = [asyncio.create_task(_serve(system), name="kamiyo")]
             happened("started", worker=settings.worker, environment=settings.environment.value)
             # Longer than a handler may take, so that only one that the limit cannot reach is met by it.
-            watchdog = watching(settings.handler_timeout + 15) if settings.watchdog else contextlib.nullcontext()
+            watchdog = (
+                watching(settings.handler_timeout + 15) if settings.watchdog else contextlib.nullcontext()
+            )
             async with watchdog:
                 yield system
         finally:
