@@ -8,6 +8,7 @@ Metrics follow Prometheus: each process counts its own, and several processes be
 (`PROMETHEUS_MULTIPROC_DIR`, made by itself for the workers of one server), so that a scrape adds them up.
 """
 
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -140,7 +141,10 @@ configure_logging()
 
 def happened(name: str, /, **facts: Any) -> None:
     """Log that something happened. Raises KeyError for a name that is not in the table above."""
-    _log.log(_LEVELS[name], name, **facts)
+    level = _LEVELS[name]
+    # A full disk or a closed pipe behind standard error must not cost an event.
+    with contextlib.suppress(OSError, ValueError):
+        _log.log(level, name, **facts)
 
 
 def label_types(types: Iterable[str]) -> None:
