@@ -163,6 +163,24 @@ class Settings(BaseSettings):
         le=600,
     )
     metrics: bool = _setting("KAMIYO_METRICS", True, "Answer /metrics for Prometheus; off: 404.")
+    alert_urls: SecretStr = _setting(
+        "ALERT_URLS",
+        SecretStr(""),
+        "Whom to tell when something needs a person: Apprise URLs, separated by commas or spaces "
+        "(mailto://…, discord://…, slack://…, pagerduty://…). Each incident is told once, and when it is over.",
+    )
+    discord_webhook_url: SecretStr = _setting(
+        "DISCORD_WEBHOOK_URL", SecretStr(""), "A Discord channel to tell, as its settings give it: https://discord.com/…"
+    )
+    slack_webhook_url: SecretStr = _setting(
+        "SLACK_WEBHOOK_URL", SecretStr(""), "A Slack channel to tell, as its app gives it: https://hooks.slack.com/…"
+    )
+    public_url: str = _setting(
+        "KAMIYO_PUBLIC_URL",
+        "",
+        "Where operators reach this server, for the links in alerts: https://api.example.com",
+        pattern=r"^(https?://\S+)?$",
+    )
     log_level: str = _setting(
         "KAMIYO_LOG_LEVEL", "info", "debug, info, warning or error.", pattern="^(debug|info|warning|error)$"
     )
@@ -193,6 +211,13 @@ class Settings(BaseSettings):
     def handler_modules(self) -> tuple[str, ...]:
         """Names of the modules to import for their handlers."""
         return tuple(part.strip() for part in self.handlers.split(",") if part.strip())
+
+    @property
+    def alert_channels(self) -> tuple[str, ...]:
+        """Whom to tell, as Apprise URLs."""
+        plain = (self.discord_webhook_url.get_secret_value(), self.slack_webhook_url.get_secret_value())
+        listed = self.alert_urls.get_secret_value().replace(",", " ").split()
+        return tuple(url for url in (*listed, *plain) if url)
 
     @property
     def development(self) -> bool:

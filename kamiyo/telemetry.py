@@ -108,6 +108,10 @@ _LEVELS: dict[str, int] = {
     "database_back": _INFO,
     "migrated": _INFO,
     "maintenance_failed": _WARNING,
+    # telling people
+    "alert_told": _INFO,
+    "alert_failed": _WARNING,
+    "alert_channel_unusable": _ERROR,
     # by hand
     "admin_refused": _WARNING,
     "events_retried": _INFO,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import asyncpg
 
 from kamiyo import database, handlers, inbox, telemetry
+from kamiyo.alerts import Alerts
 from kamiyo.database import DATABASE_ERRORS, UNAVAILABLE, Pool
 from kamiyo.errors import DatabaseUnavailable, KamiyoError
 from kamiyo.postgres import EmbeddedPostgres
@@ -30,6 +31,7 @@ class System:
     pool: Pool
     receiver: Receiver
     worker: Worker
+    alerts: Alerts
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
     async def refresh_gauges(self) -> None:
@@ -59,11 +61,15 @@ async def running(settings: Settings) -> AsyncIterator[System]:
         pool = await database.open_pool(
             url, size=settings.pool_size, application="kamiyo", idle_limit=settings.handler_timeout + 30
         )
-        system = System(settings, url, pool, Receiver(pool, settings), Worker(pool, url, settings))
+        system = System(
+            settings, url, pool, Receiver(pool, settings), Worker(pool, url, settings), Alerts(pool, settings)
+        )
+        telling: asyncio.Task[None] | None = None
         try:
             with contextlib.suppress(DatabaseUnavailable):
                 await _make_ready(system)
             system._tasks = [asyncio.create_task(_serve(system), name="kamiyo")]
+            telling = asyncio.create_task(system.alerts.run(), name="kamiyo alerts")
             happened("started", worker=settings.worker, environment=settings.environment.value)
             # Longer than a handler may take, so that only one that the limit cannot reach is met by it.
             watchdog = (
@@ -73,6 +79,8 @@ async def running(settings: Settings) -> AsyncIterator[System]:
                 yield system
         finally:
             happened("stopping")
+            if telling is not None:
+                telling.cancel()
             await _stop(system)
             happened("stopped")
 

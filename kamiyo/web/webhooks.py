@@ -74,7 +74,14 @@ class StripeEndpoint:
         limit = system.settings.max_body_bytes
         if length is not None and length.isdigit() and int(length[:12]) > limit:
             raise BodyTooLarge
-        return await system.receiver.receive(await _body(receive, limit), signature)
+        body = await _body(receive, limit)
+        try:
+            receipt = await system.receiver.receive(body, signature)
+        except SignatureError as error:
+            system.alerts.signatures.refused(error.reason, body)
+            raise
+        system.alerts.signatures.accepted(body)
+        return receipt
 
 
 async def _body(receive: Receive, limit: int) -> bytes:

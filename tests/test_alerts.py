@@ -1,0 +1,224 @@
+"""Stories of alerts: a real Apprise plugin posts to a real HTTP receiver on this machine."""
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from kamiyo import database, inbox
+from kamiyo.alerts import Alerts, Signatures, find
+from kamiyo.database import Connection
+from kamiyo.event import Event, parse
+from kamiyo.handlers import Bury, Registry
+from kamiyo.worker import Worker
+from tests.conftest import MakeSettings, event_json, fresh_id
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:apprise")
+
+
+@dataclass
+class Channel:
+    """A receiver of Apprise's `json://` notifications; `answers` is the HTTP status it gives."""
+
+    port: int = 0
+    answers: int = 200
+    heard: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        return f"json://127.0.0.1:{self.port}/token-of-the-channel"
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).lower()
+        length = int(head.split(b"content-length:")[1].split(b"\r\n")[0])
+        body = json.loads(await reader.readexactly(length))
+        if self.answers == 200:
+            self.heard.append(body)
+        writer.write(b"HTTP/1.1 %d X\r\nContent-Length: 0\r\nConnection: close\r\n\r\n" % self.answers)
+        await writer.drain()
+        writer.close()
+
+    def titles(self) -> list[str]:
+        return [message["title"] for message in self.heard]
+
+
+@pytest.fixture
+async def channel() -> AsyncIterator[Channel]:
+    told = Channel()
+    server = await asyncio.start_server(told.serve, "127.0.0.1", 0)
+    told.port = server.sockets[0].getsockname()[1]
+    async with server:
+        yield told
+
+
+@contextlib.asynccontextmanager
+async def alerts(url: str, settings: MakeSettings, channel: Channel) -> AsyncIterator[Alerts]:
+    pool = await database.open_pool(url, size=4, application="alerts", idle_limit=60)
+    changed = settings(ALERT_URLS=channel.url, KAMIYO_PUBLIC_URL="https://api.example.com")
+    try:
+        yield Alerts(pool, changed)
+    finally:
+        await pool.close()
+
+
+async def bury(db: Connection, url: str, settings: MakeSettings, event_id: str) -> None:
+    """Store an event whose handler gives up at once, and run it."""
+    refusing = Registry()
+
+    @refusing.on("invoice.paid")
+    async def refuse(event: Event, connection: Connection) -> None:
+        raise Bury("no account for jane@example.com")
+
+    await inbox.put(db, [parse(event_json(event_id, "invoice.paid"), received=time.time())])
+    pool = await database.open_pool(url, size=4, application="worker", idle_limit=60)
+    try:
+        async with pool.acquire() as own:
+            assert await Worker(pool, url, settings(), refusing).run_once(own) == 1
+    finally:
+        await pool.close()
+
+
+async def test_a_dead_event_is_told_once_by_many_processes_and_told_over_when_it_was_mended(
+    db: Connection, database_url: str, settings: MakeSettings, channel: Channel
+) -> None:
+    event_id = fresh_id()
+    await bury(db, database_url, settings, event_id)
+    async with (
+        alerts(database_url, settings, channel) as one,
+        alerts(database_url, settings, channel) as other,
+        one.pool.acquire() as first,
+        other.pool.acquire() as second,
+    ):
+        await asyncio.gather(one.look(first), other.look(second))
+        await one.look(first)
+        await other.look(second)
+        assert channel.titles() == ["Kamiyo: An event is dead: Bury"]
+        [message] = channel.heard
+        assert event_id in message["message"]
+        assert "https://api.example.com/dashboard/failures/" in message["message"]
+        assert "jane@example.com" not in json.dumps(message)
+
+        await inbox.retry(db, event_id)
+        pool = one.pool
+        async with pool.acquire() as own:
+            assert await Worker(pool, database_url, settings(), Registry()).run_once(own) == 1
+        await other.look(second)
+        await one.look(first)
+        assert channel.titles()[1:] == ["Kamiyo: Over: An event is dead: Bury"]
+    assert await db.fetchval("SELECT count(*) FROM webhook_incidents") == 0
+
+
+async def test_events_that_die_of_one_cause_are_one_incident(
+    db: Connection, database_url: str, settings: MakeSettings, channel: Channel
+) -> None:
+    for _ in range(3):
+        await bury(db, database_url, settings, fresh_id())
+    async with alerts(database_url, settings, channel) as one, one.pool.acquire() as own:
+        await one.look(own)
+        await bury(db, database_url, settings, fresh_id())
+        await one.look(own)
+    assert channel.titles() == ["Kamiyo: 3 events are dead: Bury"]
+
+
+async def test_a_channel_that_is_down_is_told_later_and_nothing_else_suffers(
+    db: Connection, database_url: str, settings: MakeSettings, channel: Channel
+) -> None:
+    channel.answers = 500
+    await bury(db, database_url, settings, fresh_id())
+    async with alerts(database_url, settings, channel) as one, one.pool.acquire() as own:
+        await one.look(own)
+        assert await db.fetchval("SELECT misses FROM webhook_incidents WHERE next_try_at > now()") == 1
+        channel.answers = 200
+        await one.look(own)
+        assert channel.heard == []  # not before its time
+        await db.execute("UPDATE webhook_incidents SET next_try_at = now()")
+        await one.look(own)
+    assert channel.titles() == ["Kamiyo: An event is dead: Bury"]
+
+
+async def test_an_event_that_nobody_takes_for_five_minutes_is_an_incident(db: Connection) -> None:
+    event_id = fresh_id()
+    await inbox.put(db, [parse(event_json(event_id, "customer.created"), received=time.time())])
+    assert await find(db) == []
+    await db.execute("UPDATE webhook_events SET next_try_at = now() - interval '6 minutes'")
+    [incident] = await find(db)
+    assert incident.key == "overdue"
+    assert event_id in incident.body
+    assert "Is a worker running" in incident.body
+
+
+async def test_a_type_that_fails_often_is_an_incident(db: Connection) -> None:
+    bodies = [event_json(fresh_id(), "invoice.paid") for _ in range(10)]
+    await inbox.put(db, [parse(body, received=time.time()) for body in bodies])
+    await db.execute(
+        """UPDATE webhook_events SET status = 'failed', failed_at = now(), next_try_at = now() + interval '1 hour'
+           WHERE event_id IN (SELECT event_id FROM webhook_events LIMIT 5)"""
+    )
+    await db.execute(
+        """UPDATE webhook_events SET status = 'processed', outcome = 'handled', next_try_at = NULL
+           WHERE status = 'pending'"""
+    )
+    assert [incident.key for incident in await find(db)] == ["failure_rate:invoice.paid"]
+
+
+async def test_silence_is_an_incident_only_where_there_used_to_be_traffic(db: Connection) -> None:
+    assert await find(db) == []
+    await db.execute(
+        """INSERT INTO webhook_counts_by_hour
+           SELECT date_trunc('hour', now()) - n * interval '1 hour', 'invoice.paid', 5, 5, 0, 0
+           FROM generate_series(6, 100) AS n"""
+    )
+    [incident] = await find(db)
+    assert incident.key == "silence"
+    await db.execute("DELETE FROM webhook_counts_by_hour WHERE hour > now() - interval '90 hours'")
+    assert await find(db) == []
+
+
+LIVE, TEST = b'{\n  "id": "evt_1",\n  "livemode": true\n}', b'{\n  "id": "evt_1",\n  "livemode": false\n}'
+
+
+@pytest.mark.parametrize(
+    ("refused", "reason", "accepted", "said"),
+    [
+        (b'{"id":"evt_1","livemode":true}', "no_match", None, "altered on the way"),
+        (TEST, "no_match", LIVE, "of the other mode: all of them are test events"),
+        (TEST, "no_match", None, "stripe listen"),
+        (LIVE, "no_match", None, "not this endpoint's"),
+        (LIVE, "no_match", LIVE, "a second endpoint"),
+        (LIVE, "too_old", LIVE, "clock"),
+    ],
+)
+def test_a_burst_of_bad_signatures_says_what_is_likely_behind_it(
+    refused: bytes, reason: str, accepted: bytes | None, said: str
+) -> None:
+    signatures = Signatures()
+    for _ in range(9):
+        signatures.refused(reason, refused)
+    if accepted:
+        signatures.accepted(accepted)
+    assert signatures.incident() is None, "nine in five minutes are no burst yet"
+    signatures.refused(reason, refused)
+    incident = signatures.incident()
+    assert incident is not None
+    assert said in incident.body
+
+
+async def test_a_burst_is_told_and_told_over(
+    db: Connection, database_url: str, settings: MakeSettings, channel: Channel
+) -> None:
+    async with alerts(database_url, settings, channel) as one, one.pool.acquire() as own:
+        for _ in range(10):
+            one.signatures.refused("no_match", LIVE)
+        await one.look(own)
+        assert channel.titles() == ["Kamiyo: Deliveries are refused: their signature does not fit"]
+        one.signatures = Signatures()
+        await one.look(own)
+        assert len(channel.heard) == 1
+        await db.execute("UPDATE webhook_incidents SET seen_at = now() - interval '6 minutes'")
+        await one.look(own)
+    assert channel.titles()[1].startswith("Kamiyo: Over:")
