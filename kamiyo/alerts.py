@@ -8,6 +8,7 @@ event, and cannot fail either. Channels are Apprise URLs (Discord, Slack, e-mail
     failure_rate    over 20 % of a type's events of the last quarter of an hour failed, and at least five
     overdue         the oldest due event has waited for over five minutes: is a worker running?
     bad_signatures  at least ten deliveries within five minutes were not signed with our secret
+    missed          Stripe's list had events that were never delivered; they are in now
     silence         nothing came for much longer than it ever took in the last week
     database_away   PostgreSQL has not answered for a minute (told by each process that sees it)
 """
@@ -34,7 +35,7 @@ _BURST_SECONDS = 300.0
 _BURST = 10
 
 #: The families that a look decides as a whole: what it does not see any more is over.
-_FAMILIES = ["event_died", "failure_rate", "overdue", "silence"]
+_FAMILIES = ["event_died", "failure_rate", "overdue", "missed", "silence"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +225,18 @@ async def find(db: Connection) -> list[Incident]:
                 f"{overdue['event_id']} has been due for {overdue['seconds'] / 60:.0f} minutes. Is a worker running "
                 "(kamiyo worker, or KAMIYO_WORKER on in a server)? Or do handlers take longer than events come?",
                 "/events?status=pending",
+            )
+        )
+    missed = await db.fetchrow(_SQL["never_came"])
+    if missed is not None:
+        found.append(
+            Incident(
+                "missed",
+                "Stripe had events that never arrived",
+                f"The comparison of {_moment(missed['finished_at'])} found {missed['missed']} events that were not "
+                "delivered; they are stored now and are processed like any. Was the endpoint disabled or unreachable? "
+                "Look at its deliveries in the Stripe dashboard.",
+                "/events",
             )
         )
     silence = await db.fetchrow(_SQL["silence"])

@@ -31,6 +31,10 @@ WHERE failed >= 5 AND failed > 0.2 * (processed + failed);
 SELECT event_id, extract(epoch FROM now() - next_try_at)::float8 AS seconds FROM webhook_events
 WHERE next_try_at IS NOT NULL ORDER BY next_try_at, seq LIMIT 1;
 
+-- name: never_came
+-- What the last comparison with Stripe's list found missing; told until one finds nothing.
+SELECT missed, finished_at FROM webhook_reconciliation WHERE missed > 0;
+
 -- name: silence
 -- Hours since the last event, and the longest time without one in the week before; null where there was no traffic
 -- to speak of (fewer than a day's worth of hours with events).

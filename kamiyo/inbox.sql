@@ -296,7 +296,8 @@ SELECT (SELECT coalesce(sum(received - processed - failed), 0) FROM webhook_coun
        (SELECT coalesce(greatest(extract(epoch FROM now() - min(next_try_at)), 0), 0)
         FROM webhook_events WHERE next_try_at IS NOT NULL)::float8 AS oldest_due_seconds,
        (SELECT count(*) FROM (SELECT FROM webhook_events WHERE failed_at IS NOT NULL AND next_try_at IS NULL
-                              LIMIT 100000) AS dead)::bigint AS dead;
+                              LIMIT 100000) AS dead)::bigint AS dead,
+       coalesce((SELECT missed FROM webhook_reconciliation), 0)::bigint AS missed;
 
 -- name: fold
 SELECT webhook_fold_counts();

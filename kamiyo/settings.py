@@ -59,6 +59,24 @@ class Settings(BaseSettings):
     stripe_secret_key: SecretStr = _setting(
         "STRIPE_SECRET_KEY", SecretStr(""), "Stripe API key (sk_… or rk_…). Receiving works without it."
     )
+    stripe_api_base: str = _setting(
+        "STRIPE_API_BASE", "https://api.stripe.com", "Where Stripe's API is; another address only for tests."
+    )
+    stripe_api_rate: int = _setting(
+        "KAMIYO_STRIPE_API_RATE",
+        20,
+        "Requests a second to Stripe's API, of all processes together. Stripe allows about 100 live, 25 in test mode.",
+        ge=1,
+        le=100,
+    )
+    stripe_api_timeout: float = _setting(
+        "KAMIYO_STRIPE_API_TIMEOUT", 20.0, "Seconds one request to Stripe's API may take.", gt=0, le=120
+    )
+    reconcile: bool = _setting(
+        "KAMIYO_RECONCILE",
+        True,
+        "Compare with Stripe's own list of events every 15 minutes, one process of many. Needs STRIPE_SECRET_KEY.",
+    )
     stripe_publishable_key: str = _setting(
         "STRIPE_PUBLISHABLE_KEY", "", "Stripe publishable key (pk_…). Not used here; kept beside the others."
     )
@@ -110,6 +128,14 @@ class Settings(BaseSettings):
         30.0,
         "Seconds one handler may take; then its try has failed and is retried by the curve.",
         gt=0,
+        le=3600,
+    )
+    idle_limit: float = _setting(
+        "KAMIYO_IDLE_LIMIT",
+        30.0,
+        "Seconds beyond KAMIYO_HANDLER_TIMEOUT after which PostgreSQL ends a session that says nothing, so that a "
+        "process that is stopped or cut off lets go of its customers. The watchdog acts after half of them.",
+        ge=0.5,
         le=3600,
     )
     watchdog: bool = _setting(

@@ -108,6 +108,9 @@ _LEVELS: dict[str, int] = {
     "database_back": _INFO,
     "migrated": _INFO,
     "maintenance_failed": _WARNING,
+    # asking Stripe
+    "reconciled": _INFO,
+    "reconcile_failed": _WARNING,
     # telling people
     "alert_told": _INFO,
     "alert_failed": _WARNING,
@@ -181,6 +184,7 @@ _GAUGES = {
     "webhook_backlog_events": ("backlog", "Events waiting or in work."),
     "webhook_oldest_due_seconds": ("oldest_due_seconds", "How long the oldest due event has waited."),
     "webhook_dead_events": ("dead", "Events that are dead: each needs a person."),
+    "webhook_missed_events": ("missed", "Events Stripe had and we did not, in the last comparison with its list."),
     "webhook_database_up": ("database_up", "1 while the database answers."),
 }
 

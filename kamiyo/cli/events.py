@@ -10,11 +10,15 @@ import asyncpg
 import typer
 from rich.table import Table
 
-from kamiyo import inbox
+from kamiyo import database, handlers, inbox
 from kamiyo import rebuild as rebuilding
+from kamiyo import reconcile as reconciling
 from kamiyo.cli.console import connected, console, progressing, settings_for_commands
 from kamiyo.event import decode
 from kamiyo.inbox import Filters, Status
+from kamiyo.reconcile import Compared
+from kamiyo.stripe_api import StripeApi
+from kamiyo.web.system import database_url
 
 app = typer.Typer(help="See what came in, and run failed events again.", no_args_is_help=True)
 
@@ -151,6 +155,49 @@ def replay(
     with progressing("back in line", count) as progress:
         done = _with_database(lambda db: inbox.replay(db, filters, progress=progress))
     console.print(f"{done} events are back in line", highlight=False)
+
+
+def reconcile(
+    since: Annotated[
+        str, typer.Option(help="How far back: 72h, 7d; Stripe keeps 30 days. Empty: where the last one ended.")
+    ] = "",
+) -> None:
+    """Compare with Stripe's own list of events, and take in what was never delivered. Needs STRIPE_SECRET_KEY."""
+    settings = settings_for_commands()
+    begin = int(datetime.now(UTC).timestamp()) - _seconds(since) if since else None
+
+    async def compare() -> Compared | None:
+        async with database_url(settings) as url:
+            pool = await database.open_pool(url, size=4, application="kamiyo reconcile", idle_limit=60)
+            try:
+                async with pool.acquire() as db:
+                    await database.migrate(db)
+                api = StripeApi(pool, settings)
+                try:
+                    return await reconciling.reconcile(pool, api, since=begin, progress=progress)
+                finally:
+                    await api.close()
+            finally:
+                await pool.close()
+
+    handlers.load(settings.handler_modules)
+    with progressing("events compared") as progress:
+        done = asyncio.run(compare())
+    if done is None:
+        console.print("another process is comparing just now")
+    else:
+        console.print(
+            f"{done.looked_at} events compared: {done.added} were not here and are now, {done.missed} of them of a type "
+            "that should have been delivered",
+            highlight=False,
+        )
+
+
+def _seconds(text: str) -> int:
+    units = {"h": 3600, "d": 86400, "m": 60}
+    if len(text) < 2 or text[-1] not in units or not text[:-1].isdigit():
+        raise typer.BadParameter("--since takes a number and h, d or m: 72h, 7d, 90m")
+    return min(int(text[:-1]) * units[text[-1]], 30 * 86400)
 
 
 def rebuild() -> None:

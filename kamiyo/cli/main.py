@@ -21,6 +21,7 @@ app.command("migrate")(serve.migrate)
 app.command("trigger")(simulate.trigger)
 app.add_typer(events.app, name="events")
 app.command("replay")(events.replay)
+app.command("reconcile")(events.reconcile)
 app.command("rebuild")(events.rebuild)
 app.command("cleanup")(events.cleanup)
 

@@ -5,6 +5,7 @@ The router's lifespan owns it, so `app.include_router(router)` is the whole inte
 
 import asyncio
 import contextlib
+import random
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
@@ -16,7 +17,9 @@ from kamiyo.database import DATABASE_ERRORS, UNAVAILABLE, Pool
 from kamiyo.errors import DatabaseUnavailable, KamiyoError
 from kamiyo.postgres import EmbeddedPostgres
 from kamiyo.receive import Receiver
+from kamiyo.reconcile import keep_reconciling
 from kamiyo.settings import Settings
+from kamiyo.stripe_api import StripeApi
 from kamiyo.telemetry import happened
 from kamiyo.watchdog import watching
 from kamiyo.worker import Worker
@@ -59,28 +62,36 @@ async def running(settings: Settings) -> AsyncIterator[System]:
     telemetry.label_types(handlers.registry.types())
     async with database_url(settings) as url:
         pool = await database.open_pool(
-            url, size=settings.pool_size, application="kamiyo", idle_limit=settings.handler_timeout + 30
+            url,
+            size=settings.pool_size,
+            application="kamiyo",
+            idle_limit=settings.handler_timeout + settings.idle_limit,
         )
         system = System(
             settings, url, pool, Receiver(pool, settings), Worker(pool, url, settings), Alerts(pool, settings)
         )
-        telling: asyncio.Task[None] | None = None
+        aside: list[asyncio.Task[None]] = []
         try:
             with contextlib.suppress(DatabaseUnavailable):
                 await _make_ready(system)
             system._tasks = [asyncio.create_task(_serve(system), name="kamiyo")]
-            telling = asyncio.create_task(system.alerts.run(), name="kamiyo alerts")
+            aside = [asyncio.create_task(system.alerts.run(), name="kamiyo alerts")]
+            if settings.worker and settings.reconcile and settings.stripe_secret_key.get_secret_value():
+                comparing = keep_reconciling(pool, StripeApi(pool, settings), random.Random())
+                aside.append(asyncio.create_task(comparing, name="kamiyo reconcile"))
             happened("started", worker=settings.worker, environment=settings.environment.value)
             # Longer than a handler may take, so that only one that the limit cannot reach is met by it.
             watchdog = (
-                watching(settings.handler_timeout + 15) if settings.watchdog else contextlib.nullcontext()
+                watching(settings.handler_timeout + settings.idle_limit / 2)
+                if settings.watchdog
+                else contextlib.nullcontext()
             )
             async with watchdog:
                 yield system
         finally:
             happened("stopping")
-            if telling is not None:
-                telling.cancel()
+            for task in aside:
+                task.cancel()
             await _stop(system)
             happened("stopped")
 
