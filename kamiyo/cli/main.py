@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from kamiyo.cli import events, serve, simulate
+from kamiyo.cli import conform, events, serve, simulate
 from kamiyo.cli.console import complain
 from kamiyo.errors import KamiyoError
 
@@ -19,6 +19,7 @@ app.command("serve")(serve.serve)
 app.command("worker")(serve.worker)
 app.command("migrate")(serve.migrate)
 app.command("trigger")(simulate.trigger)
+app.command("conform")(conform.conform)
 app.add_typer(events.app, name="events")
 app.command("replay")(events.replay)
 app.command("reconcile")(events.reconcile)
