@@ -1,6 +1,7 @@
 """`kamiyo serve`, `kamiyo worker`, `kamiyo migrate`."""
 
 import asyncio
+import gc
 import os
 import signal
 import socket
@@ -93,7 +94,16 @@ class _Server(uvicorn.Server):
         """Start, then greet."""
         await super().startup(sockets)
         if self.started:
+            _calm_garbage_collection()
             _greet(self._settings, self._made)
+
+
+def _calm_garbage_collection() -> None:
+    # Everything imported by now stays for good, and what a delivery leaves behind is not cyclic: looking for garbage
+    # after every 700 new objects took 6 % of the time of a busy server.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
 
 
 def _stop_quietly() -> None:
