@@ -18,8 +18,6 @@ from kamiyo.handlers import Bury, Registry
 from kamiyo.worker import Worker
 from tests.conftest import MakeSettings, event_json, fresh_id
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:apprise")
-
 
 @dataclass
 class Channel:

@@ -1,0 +1,1 @@
+"""The documents, and what generates the reference: `python -m docs.generate`."""
