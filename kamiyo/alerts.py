@@ -103,10 +103,10 @@ class Signatures:
                 "test events. `stripe listen` prints a secret of its own, different from the dashboard's."
             )
         if not good:
-            return "Most likely STRIPE_WEBHOOK_SECRET is not this endpoint's: nothing was accepted lately. Copy it anew."
-        return (
-            "Others are accepted, so the secret is right for one sender: is a second endpoint pointing here?"
-        )
+            return (
+                "Most likely STRIPE_WEBHOOK_SECRET is not this endpoint's: nothing was accepted lately. Copy it anew."
+            )
+        return "Others are accepted, so the secret is right for one sender: is a second endpoint pointing here?"
 
 
 @dataclass
@@ -206,9 +206,7 @@ class Alerts:
                 )
         else:
             if self._told_away:
-                await self._tell(
-                    "the database is back", "Deliveries are stored and processed again.", "/", over=True
-                )
+                await self._tell("the database is back", "Deliveries are stored and processed again.", "/", over=True)
             self._away_since, self._told_away = None, False
 
 

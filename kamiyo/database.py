@@ -138,9 +138,7 @@ async def require_migrations(db: Connection) -> None:
 
 
 @contextlib.asynccontextmanager
-async def listening(
-    url: str, heard: Callable[[], None]
-) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
+async def listening(url: str, heard: Callable[[], None]) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
     """Call `heard()` for every notice on CHANNEL, while the block runs. The connection's end is the caller's to watch."""
     db = await connect(url, application="kamiyo listener")
 

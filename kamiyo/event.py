@@ -160,8 +160,8 @@ def decode(body: bytes) -> dict[str, Any]:
 
 def _decode_patiently(body: bytes) -> Any:
     # JSON's grammar allows an unpaired surrogate escape; msgspec refuses it, PostgreSQL's text cannot hold it.
-    # The standard parser takes it, and the odd half becomes a replacement character.
-    # Its other liberties (NaN, UTF-16) are not JSON.
+    # The standard parser takes it, and the odd half becomes a replacement character. The other liberties that
+    # parser takes (NaN, UTF-16) are not JSON.
     try:
         return _without_surrogates(json.loads(body.decode(), parse_constant=_not_json))
     except (ValueError, RecursionError) as error:
@@ -184,6 +184,9 @@ def _without_surrogates(value: Any) -> Any:
 
 def _envelope(body: bytes) -> _Envelope:
     try:
+        if not body.isascii():
+            # The decoder steps over strings it does not need without looking whether they are text.
+            body.decode()
         return _read_envelope(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         # Something inside has an unexpected shape: `data` a list, say. It is still an event if it says so.

@@ -1,9 +1,9 @@
 """What the user's code does when an event arrives.
 
-    from kamiyo import Bury, Event, Retry, on
+    from kamiyo import Bury, Connection, Event, Retry, on
 
     @on("invoice.paid")
-    async def grant_credits(event: Event, db: asyncpg.Connection) -> None:
+    async def grant_credits(event: Event, db: Connection) -> None:
         await db.execute("UPDATE accounts SET credits = credits + 100 WHERE stripe_id = $1", event.customer)
 
 `db` is the connection of the transaction in which the event itself is settled: what a handler writes with it happens
@@ -129,9 +129,7 @@ def load(modules: Iterable[str]) -> None:
         try:
             importlib.import_module(module)
         except Exception as error:
-            raise SettingsError(
-                f"KAMIYO_HANDLERS: cannot import {module}: {type(error).__name__}: {error}"
-            ) from error
+            raise SettingsError(f"KAMIYO_HANDLERS: cannot import {module}: {type(error).__name__}: {error}") from error
 
 
 async def run(db: Connection, event: Event, handlers: Iterable[Handler], *, timeout: float) -> None:

@@ -233,9 +233,7 @@ async def of_second(
     return [(_event(row), row["created_at"]) for row in rows]
 
 
-async def of_object(
-    db: Connection, object_id: str, account: str, livemode: bool
-) -> list[tuple[Event, datetime]]:
+async def of_object(db: Connection, object_id: str, account: str, livemode: bool) -> list[tuple[Event, datetime]]:
     """The latest 200 events of one object, each with when it was received."""
     rows = await db.fetch(_SQL["of_object"], object_id, account, livemode)
     return [(_event(row), row["created_at"]) for row in rows]
@@ -302,9 +300,7 @@ def described(filters: Filters) -> dict[str, Any]:
     return {name: value for name, value in asdict(filters).items() if value is not None}
 
 
-async def prune(
-    db: Connection, before: datetime, *, progress: Callable[[int], None] = lambda done: None
-) -> int:
+async def prune(db: Connection, before: datetime, *, progress: Callable[[int], None] = lambda done: None) -> int:
     """Remove the processed events received before `before`, CHUNK by CHUNK; return how many.
 
     Never an unprocessed one. Each chunk commits by itself: call it outside a transaction.

@@ -202,9 +202,7 @@ class EmbeddedPostgres:
 
     def _my_door(self) -> int:
         if self._door is None:
-            raise EmbeddedPostgresError(
-                f"The embedded PostgreSQL in {self._folder} was left by this process."
-            )
+            raise EmbeddedPostgresError(f"The embedded PostgreSQL in {self._folder} was left by this process.")
         return self._door
 
     def _enter(self) -> None:
@@ -222,9 +220,7 @@ class EmbeddedPostgres:
                 raise
         except OSError as error:
             said = f"{error.strerror}: {error.filename}" if error.filename else str(error)
-            raise EmbeddedPostgresError(
-                _explained(f"It cannot use {self._folder}", said, self.log)
-            ) from error
+            raise EmbeddedPostgresError(_explained(f"It cannot use {self._folder}", said, self.log)) from error
         atexit.register(self.stop)
 
     def _refuse_foreign_folder(self) -> None:
@@ -360,9 +356,7 @@ class EmbeddedPostgres:
         status, said = identity.initdb.run(command)
         if status != 0:
             shutil.rmtree(fresh, ignore_errors=True)
-            raise EmbeddedPostgresError(
-                _explained("The embedded PostgreSQL's data could not be made", said, None)
-            )
+            raise EmbeddedPostgresError(_explained("The embedded PostgreSQL's data could not be made", said, None))
         identity.give_tree(fresh)
         fresh.rename(data)
         if self._durable:
@@ -470,9 +464,7 @@ def temporary_postgres(
     """
     folder = Path(tempfile.mkdtemp(prefix="kamiyo-postgres-"))
     try:
-        with EmbeddedPostgres.start(
-            folder / "postgres", bin_dir=bin_dir, settings=settings, durable=False
-        ) as server:
+        with EmbeddedPostgres.start(folder / "postgres", bin_dir=bin_dir, settings=settings, durable=False) as server:
             yield server
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -727,12 +719,8 @@ def _renamed() -> _As:
     if os.geteuid() == 0:
         problem = "PostgreSQL refuses to run as root, and no other user here may enter its folders."
     else:
-        problem = (
-            f"User id {os.geteuid()} has no name on this system (/etc/passwd), and PostgreSQL asks for one."
-        )
-    raise EmbeddedPostgresError(
-        f"{problem} Run as an ordinary user, or name a PostgreSQL of your own in DATABASE_URL."
-    )
+        problem = f"User id {os.geteuid()} has no name on this system (/etc/passwd), and PostgreSQL asks for one."
+    raise EmbeddedPostgresError(f"{problem} Run as an ordinary user, or name a PostgreSQL of your own in DATABASE_URL.")
 
 
 def _possible(way: _As, *reached: Path) -> bool:
@@ -759,9 +747,7 @@ def _group(uid: int) -> int:
     return pwd.getpwuid(uid).pw_gid if _has_name(uid) else uid
 
 
-_STILL_DYING: Final = re.compile(
-    r"pre-existing shared memory block .* is still in use|lock file .* already exists"
-)
+_STILL_DYING: Final = re.compile(r"pre-existing shared memory block .* is still in use|lock file .* already exists")
 """What a server says when processes of the one before it are still there."""
 
 _DYING: Final = (

@@ -266,9 +266,7 @@ def _subscription(o: _Subscription, event: Event) -> tuple[Any, ...]:
     first = items[0] if items else _Item()
     return (
         *(_id(o.customer) or _id(o.customer_account), o.status, o.currency, _price(first), first.quantity),
-        _encode(
-            [{"id": item.id, "price": _price(item), "quantity": item.quantity} for item in items]
-        ).decode(),
+        _encode([{"id": item.id, "price": _price(item), "quantity": item.quantity} for item in items]).decode(),
         # Until 2025-03-31.basil the period was the subscription's; since then each item has its own.
         o.current_period_start if o.current_period_start is not None else first.current_period_start,
         o.current_period_end if o.current_period_end is not None else first.current_period_end,
@@ -350,9 +348,7 @@ class _Kind:
     read: Callable[[bytes], Any]
 
 
-def _kind(
-    table: str, shape: type[msgspec.Struct], columns_of: Callable[[Any, Event], tuple[Any, ...]]
-) -> _Kind:
+def _kind(table: str, shape: type[msgspec.Struct], columns_of: Callable[[Any, Event], tuple[Any, ...]]) -> _Kind:
     data = msgspec.defstruct(f"{shape.__name__}Data", [("object", shape)])
     whole = msgspec.defstruct(f"{shape.__name__}Event", [("data", data)])
     return _Kind(table, shape, columns_of, msgspec.json.Decoder(whole).decode)
@@ -371,12 +367,7 @@ _CUSTOMER_TYPES = ("customer.created", "customer.updated", "customer.deleted")
 def _kind_of(event: Event) -> _Kind | None:
     object_type = _object_type(event.type)
     # A type that speaks of one thing and carries another is not ours to interpret.
-    if (
-        object_type is None
-        or event.thin
-        or event.object_id is None
-        or event.object_type not in (None, object_type)
-    ):
+    if object_type is None or event.thin or event.object_id is None or event.object_type not in (None, object_type):
         return None
     return _KINDS[object_type]
 

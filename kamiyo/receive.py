@@ -65,6 +65,8 @@ class Receiver:
         self._tolerance = settings.signature_tolerance
         self._most_waiting = settings.max_waiting
         self._commit_timeout = settings.commit_timeout
+        # Shorter than PostgreSQL's patience with a session that says nothing.
+        self._patience = min(20.0, (settings.handler_timeout + settings.idle_limit) / 2)
         self._waiting: list[_Waiting] = []
         self._bytes_waiting = 0
         self._wake = asyncio.Event()
@@ -90,11 +92,7 @@ class Receiver:
     async def store(self, event: Event) -> Message:
         """Join the next group commit. Raises Overloaded, or DatabaseUnavailable when the commit cannot be had."""
         size = len(event.body)
-        if (
-            self._closing
-            or len(self._waiting) >= self._most_waiting
-            or self._bytes_waiting + size > MOST_BYTES_WAITING
-        ):
+        if self._closing or len(self._waiting) >= self._most_waiting or self._bytes_waiting + size > MOST_BYTES_WAITING:
             raise Overloaded
         answer = asyncio.get_running_loop().create_future()
         self._waiting.append(_Waiting(event, answer))
@@ -116,7 +114,7 @@ class Receiver:
                     await self._commit_groups(db)
             except DATABASE_ERRORS as error:
                 happened("database_away", error=type(error).__name__)
-                self._refuse(self._take())
+                self._refuse(self._take(), error)
                 await self._until_waiting(1.0)
 
     def close(self) -> None:
@@ -128,15 +126,19 @@ class Receiver:
         # The connection is kept while events come, and given back when none came for a while, so that the pool can
         # close it when it is idle for long.
         while True:
-            if not self._waiting and (self._closing or not await self._until_waiting(20.0)):
+            if not self._waiting and (self._closing or not await self._until_waiting(self._patience)):
                 return
             group = self._take()
             if not group:
                 continue
             try:
                 await self._commit(db, group)
-            except DATABASE_ERRORS:
-                self._refuse(group)
+            except DATABASE_ERRORS as error:
+                self._refuse(group, error)
+                if isinstance(error, TimeoutError):
+                    # There may be nobody at the other end any more: a lost route ends no connection. The next group
+                    # gets another one.
+                    db.terminate()
                 if db.is_closed():
                     raise
 
@@ -191,10 +193,13 @@ class Receiver:
             known = await inbox.put(db, events)
             return Stored(known, {event.id for event in events} - known.keys())
 
-    def _refuse(self, group: Sequence[_Waiting]) -> None:
+    def _refuse(self, group: Sequence[_Waiting], error: BaseException) -> None:
         if group:
             happened(
-                "delivery_unavailable", count=len(group), event_ids=[waiting.event.id for waiting in group]
+                "delivery_unavailable",
+                count=len(group),
+                event_ids=[waiting.event.id for waiting in group],
+                error=type(error).__name__,
             )
         for waiting in group:
             if not waiting.answer.done():

@@ -22,9 +22,7 @@ _GROWTH = 6.0
 _JITTER = 0.2
 
 
-def delay_after(
-    attempt: int, rng: random.Random | None = None, *, first: float = _FIRST_WAIT_SECONDS
-) -> float | None:
+def delay_after(attempt: int, rng: random.Random | None = None, *, first: float = _FIRST_WAIT_SECONDS) -> float | None:
     """Seconds to wait after the failed try number `attempt` (1 is the first), or None when there is no next try.
 
     `first` is the middle of the first wait in seconds; the tests and the chaos harness make it small.

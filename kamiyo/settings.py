@@ -94,9 +94,7 @@ class Settings(BaseSettings):
         Environment.production,
         "development or production. `make run` says development: it makes itself a signing secret and an admin key.",
     )
-    host: str = _setting(
-        "HOST", "127.0.0.1", "Address `kamiyo serve` listens on; 0.0.0.0 for every interface."
-    )
+    host: str = _setting("HOST", "127.0.0.1", "Address `kamiyo serve` listens on; 0.0.0.0 for every interface.")
     port: int = _setting("PORT", 8000, "Port `kamiyo serve` listens on.", ge=1, le=65535)
     handlers: str = _setting(
         "KAMIYO_HANDLERS",
@@ -178,9 +176,7 @@ class Settings(BaseSettings):
         gt=0,
         le=60,
     )
-    pool_size: int = _setting(
-        "KAMIYO_POOL_SIZE", 10, "Database connections of one process, at most.", ge=4, le=500
-    )
+    pool_size: int = _setting("KAMIYO_POOL_SIZE", 10, "Database connections of one process, at most.", ge=4, le=500)
     shutdown_grace: float = _setting(
         "KAMIYO_SHUTDOWN_GRACE",
         20.0,
@@ -196,7 +192,9 @@ class Settings(BaseSettings):
         "(mailto://…, discord://…, slack://…, pagerduty://…). Each incident is told once, and when it is over.",
     )
     discord_webhook_url: SecretStr = _setting(
-        "DISCORD_WEBHOOK_URL", SecretStr(""), "A Discord channel to tell, as its settings give it: https://discord.com/…"
+        "DISCORD_WEBHOOK_URL",
+        SecretStr(""),
+        "A Discord channel to tell, as its settings give it: https://discord.com/…",
     )
     slack_webhook_url: SecretStr = _setting(
         "SLACK_WEBHOOK_URL", SecretStr(""), "A Slack channel to tell, as its app gives it: https://hooks.slack.com/…"
@@ -229,9 +227,7 @@ class Settings(BaseSettings):
     @property
     def webhook_secrets(self) -> tuple[str, ...]:
         """The signing secrets, in the order given."""
-        return tuple(
-            part.strip() for part in self.stripe_webhook_secret.get_secret_value().split(",") if part.strip()
-        )
+        return tuple(part.strip() for part in self.stripe_webhook_secret.get_secret_value().split(",") if part.strip())
 
     @property
     def handler_modules(self) -> tuple[str, ...]:
@@ -278,9 +274,7 @@ def _takes(problem: Any) -> str:
 
 
 def _field_of(variable: str) -> FieldInfo | None:
-    return next(
-        (field for field in Settings.model_fields.values() if field.validation_alias == variable), None
-    )
+    return next((field for field in Settings.model_fields.values() if field.validation_alias == variable), None)
 
 
 def env_example() -> str:

@@ -28,8 +28,10 @@ class StripeKeyMissing(StripeError):
     """STRIPE_SECRET_KEY is not set, so Stripe cannot be asked."""
 
     def __init__(self) -> None:
-        super().__init__("STRIPE_SECRET_KEY is not set, so Stripe cannot be asked. A restricted key (rk_…) that may read "
-                         "events, customers, subscriptions, invoices and payment methods is enough.")
+        super().__init__(
+            "STRIPE_SECRET_KEY is not set, so Stripe cannot be asked. A restricted key (rk_…) that may read "
+            "events, customers, subscriptions, invoices and payment methods is enough."
+        )
 
 
 class StripeRefused(StripeError):

@@ -84,8 +84,6 @@ _LEVELS: dict[str, int] = {
     "started": _INFO,
     "stopping": _INFO,
     "stopped": _INFO,
-    "settings_insecure": _WARNING,
-    "handlers_loaded": _INFO,
     # receiving
     "event_received": _INFO,
     "duplicate_received": _INFO,
@@ -120,6 +118,7 @@ _LEVELS: dict[str, int] = {
     "events_retried": _INFO,
     "events_pruned": _INFO,
 }
+
 
 def configure_logging(*, level: str = "info", log_format: str = "auto") -> None:
     """Say how loud this process logs (`debug` … `error`), and whether as `json` lines or for the `console`.

@@ -9,8 +9,11 @@ Evidence, from the strongest down:
 2. `previous_attributes` tell the row before each change. Seen as steps from one state to another, the events form a
    trail; where exactly one state is entered once more than it is left, the trail ends there. This holds even when
    a value changes and changes back.
-3. An event whose object still has the values that another says it replaced is the older one. Where that makes one
-   event later than all others, and none of it contradicts itself, that one is the latest.
+3. An event that still shows the values which another says it replaced is the older one. Where that makes one event
+   later than all others, and none of it contradicts itself, that one is the latest. Two that say it of each other
+   have seen a value change and change back: then what either shows tells nothing.
+
+All of it is weighed in columns, which are the same in every API version, and not in Stripe's words, which are not.
 
 Otherwise nothing in the events tells, and nobody guesses: the row is marked `undecided`, to be read from Stripe.
 """
@@ -148,9 +151,7 @@ def decide(observations: Sequence[Observation]) -> Row:
         told_by = [seen.row for seen in candidates if seen.row.values == final]
         if told_by:
             return min(told_by, key=lambda row: row.event_id)
-    return projections.marked(
-        max((seen.row for seen in candidates), key=lambda row: row.event_id), "undecided"
-    )
+    return projections.marked(max((seen.row for seen in candidates), key=lambda row: row.event_id), "undecided")
 
 
 def _observations(told: Iterable[tuple[Event, datetime]], table: str) -> list[Observation]:
@@ -207,11 +208,7 @@ def _later_than_all(candidates: Sequence[Observation]) -> tuple[Any, ...] | None
     if any(values in above for values, above in newer.items()):
         return None  # it contradicts itself
     latest = [values for values, above in newer.items() if not above]
-    return (
-        latest[0]
-        if len(latest) == 1 and all(latest[0] in a for v, a in newer.items() if v != latest[0])
-        else None
-    )
+    return latest[0] if len(latest) == 1 and all(latest[0] in a for v, a in newer.items() if v != latest[0]) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 
 from kamiyo import handlers, inbox, projections, retry, telemetry, ties
 from kamiyo.database import DATABASE_ERRORS, Connection, Pool, listening
-from kamiyo.errors import DatabaseUnavailable
+from kamiyo.errors import DatabaseUnavailable, KamiyoError
 from kamiyo.event import Event
 from kamiyo.handlers import Bury, PayloadGone, Registry, Retry, WorkerDied
 from kamiyo.inbox import Claimed, ClaimLost, Outcome, Settled
@@ -31,11 +31,19 @@ from kamiyo.telemetry import happened
 #: transaction in memory (PGPROC_MAX_CACHED_SUBXIDS); beyond that every other session's look at a row gets dearer.
 MOST_HANDLED_TOGETHER = 50
 
+# A turn that takes longer gives back what it has not begun, and the next ones claim less: while handlers are slow, the
+# other customers of a batch are for other hands to take.
+_TURN_SECONDS = 0.25
+
 # A worker is woken by notices; looking by itself is for notices that were lost, and for the dead.
 _LOOK_EVERY_SECONDS = 2.0
 _AWAY: tuple[type[BaseException], ...] = (*DATABASE_ERRORS, DatabaseUnavailable)
 _FOLD_EVERY_SECONDS = 5.0
 _PARTITIONS_EVERY_SECONDS = 3600.0
+
+
+class TransactionEnded(KamiyoError):
+    """A handler said COMMIT or ROLLBACK on the connection it was lent: nothing can be settled with its effects."""
 
 
 @dataclass(slots=True)
@@ -49,6 +57,7 @@ class _Trial:
     outcome: Outcome = Outcome.ignored
     seconds: float = 0.0
     superseded: bool = False
+    untried: bool = False
 
     @property
     def event(self) -> Event:
@@ -70,6 +79,8 @@ class Worker:
         self._stopping = False
         self._hands: set[asyncio.Task[None]] = set()
         self._slow: set[str] = set()
+        # Seconds an event takes, lately. Begins as if a whole batch fitted into a turn.
+        self._pace = _TURN_SECONDS / self.settings.worker_batch
 
     # ── When ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -108,6 +119,7 @@ class Worker:
     async def _lend_a_hand(self) -> None:
         try:
             async with self.pool.acquire(timeout=10) as db:
+                await db.execute(_NOTICE_MY_DEATH)
                 while not self._stopping and await self.run_once(db):
                     # More may be due than one hand can carry.
                     self._wake.set()
@@ -145,6 +157,8 @@ class Worker:
             try:
                 async with self.pool.acquire(timeout=10) as db:
                     await inbox.fold_counts(db)
+                    queue = await inbox.queue(db)
+                    telemetry.QUEUE.numbers = {**{name: float(n) for name, n in queue.items()}, "database_up": 1.0}
                     if time.monotonic() >= partitions_at:
                         await inbox.ensure_partitions(db)
                         await inbox.prune_tombstones(db)
@@ -157,7 +171,8 @@ class Worker:
 
     async def run_once(self, db: Connection) -> int:
         """Claim a batch, handle it, settle it; return how many events it had. `db` must not be in a transaction."""
-        number, batch = await inbox.claim(db, self.settings.worker_batch)
+        fitting = int(_TURN_SECONDS / self._pace) if self._pace else self.settings.worker_batch
+        number, batch = await inbox.claim(db, max(1, min(fitting, self.settings.worker_batch)))
         try:
             if batch:
                 await self._work(db, number, batch)
@@ -175,17 +190,22 @@ class Worker:
                 await self._fail_alone(db, number, claimed, PayloadGone("its body was removed by retention"))
             else:
                 fit.append(claimed)
+        began = time.perf_counter()
+        tried = 0
         for chunk in self._chunks(fit):
-            if self._stopping:
+            if self._stopping or (tried and time.perf_counter() - began > _TURN_SECONDS):
                 await inbox.release(db, number, [claimed.event.id for claimed in chunk])
                 happened("claims_given_back", count=len(chunk))
                 continue
             try:
-                await self._run_chunk(db, number, chunk)
+                tried += await self._run_chunk(db, number, chunk)
+                self._pace = (self._pace + (time.perf_counter() - began) / max(tried, 1)) / 2
             except ClaimLost as error:
                 happened("claim_lost", reason=str(error))
             except asyncio.CancelledError:
-                if not db.is_closed():
+                # Where nobody asked this worker to stop, a handler has cancelled the worker's own task. That is left
+                # behind as a death is: the next claim takes them one by one, and the one that did it is found.
+                if self._stopping and not db.is_closed():
                     await asyncio.shield(inbox.release(db, number, [claimed.event.id for claimed in fit]))
                 raise
 
@@ -202,7 +222,8 @@ class Worker:
             if claimed.lane in apart:
                 yield [claimed]
 
-    async def _run_chunk(self, db: Connection, number: int, chunk: Sequence[Claimed]) -> None:
+    async def _run_chunk(self, db: Connection, number: int, chunk: Sequence[Claimed]) -> int:
+        """Handle and settle a chunk in one transaction; return how many of it were tried, the rest being given back."""
         trials = [_Trial(claimed, claimed.attempts + 1) for claimed in chunk]
         if len(trials) == 1 and (chunk[0].suspect or self.registry.of(trials[0].event.type)):
             await inbox.start(db, number, trials[0].event.id, trials[0].attempt)
@@ -222,22 +243,33 @@ class Worker:
                 happened("batch_taken_apart", count=len(trials))
                 for claimed in chunk:
                     await self._run_chunk(db, number, [claimed])
-            return
-        self._tell(trials)
+            return len(trials)
+        tried = [trial for trial in trials if not trial.untried]
+        self._tell(tried)
+        return len(tried)
 
     async def _apply(self, db: Connection, number: int, trials: Sequence[_Trial]) -> None:
         began = time.perf_counter()
         await _project(db, trials)
         share = (time.perf_counter() - began) / len(trials)
         savepoint = False
-        for trial in trials:
+        for at, trial in enumerate(trials):
             trial.seconds = share
+            # Their billing rows are written, which is true anyway; their handlers are for another turn.
+            trial.untried = at > 0 and time.perf_counter() - began > _TURN_SECONDS
+            if trial.untried:
+                continue
             wanted = self.registry.of(trial.event.type)
             if wanted and trial.error is None:
                 # One round trip keeps the last handler's effects and opens the way back for this one.
                 await db.execute(_NEXT_SAVEPOINT if savepoint else _FIRST_SAVEPOINT)
                 savepoint = True
                 await self._handle(db, trial, wanted)
+        untried = [trial.event.id for trial in trials if trial.untried]
+        if untried:
+            await inbox.release(db, number, untried)
+            happened("claims_given_back", count=len(untried))
+        trials = [trial for trial in trials if not trial.untried]
         well = [trial for trial in trials if trial.error is None]
         if well:
             settled = [Settled(t.event.id, t.outcome, t.attempt, int(t.seconds * 1e6)) for t in well]
@@ -252,9 +284,14 @@ class Worker:
         try:
             await handlers.run(db, event, wanted, timeout=self.settings.handler_timeout)
             trial.outcome = Outcome.handled
-        except (Exception, SystemExit) as error:
+        except (Exception, SystemExit, asyncio.CancelledError) as error:
+            # Raised by the handler, it is an error like any other; sent to this task, it means to stop.
+            if isinstance(error, asyncio.CancelledError) and _is_being_cancelled():
+                raise
             await db.execute(_BACK_TO_SAVEPOINT)
             trial.error = error
+        if not db.is_in_transaction():
+            raise TransactionEnded("a handler ended the transaction that its event is settled in")
         took = time.perf_counter() - began
         trial.seconds += took
         # A slow handler must not make the other customers of its batch wait, the next time.
@@ -302,13 +339,22 @@ class Worker:
 
     async def _record_death(self, db: Connection, number: int, claimed: Claimed) -> None:
         # The try was counted when it began.
-        trial = _Trial(
-            claimed, max(claimed.attempts, 1), error=WorkerDied("the worker process died while handling it")
-        )
+        trial = _Trial(claimed, max(claimed.attempts, 1), error=WorkerDied("the worker process died while handling it"))
         happened("worker_death_found", event_id=claimed.event.id, attempt=trial.attempt)
         with contextlib.suppress(ClaimLost):
             await self._record(db, number, trial)
             self._tell([trial])
+            await self._project_after(db, trial)
+
+    async def _project_after(self, db: Connection, trial: _Trial) -> None:
+        # The death undid the billing row as well, and the row is true whatever becomes of the handler. After the
+        # record and apart from it: if it is this that kills, that has been counted.
+        try:
+            async with db.transaction():
+                await _project(db, [trial])
+        except Exception:
+            if db.is_closed():
+                raise
 
     # ── Told after the commit, so that nothing is counted that was undone ────────────────────────────────────────
 
@@ -334,9 +380,23 @@ class Worker:
                 happened("try_failed", **facts)
 
 
+# A worker that dies while a handler's query runs would hold its lanes until that query ends, which may be never: only
+# when asked does PostgreSQL look, in between, whether anybody still waits for the answer. Where its platform cannot
+# (PostgreSQL 14 outside Linux, Windows), it refuses the setting, and the query's end has to do.
+_NOTICE_MY_DEATH = """
+DO $$ BEGIN
+    PERFORM set_config('client_connection_check_interval', '1s', false);
+EXCEPTION WHEN others THEN NULL;
+END $$
+"""
 _FIRST_SAVEPOINT = "SAVEPOINT handler"
 _NEXT_SAVEPOINT = "RELEASE SAVEPOINT handler; SAVEPOINT handler"
 _BACK_TO_SAVEPOINT = "ROLLBACK TO SAVEPOINT handler"
+
+
+def _is_being_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 async def _project(db: Connection, trials: Sequence[_Trial]) -> None:

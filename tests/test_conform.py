@@ -144,9 +144,7 @@ def named(name: str) -> Check:
 def failed(results: Sequence[Result]) -> dict[str, str]:
     """The checks that did not pass, and what they say."""
     return {
-        result.check.name: result.verdict.detail
-        for result in results
-        if result.verdict.outcome is not Outcome.passed
+        result.check.name: result.verdict.detail for result in results if result.verdict.outcome is not Outcome.passed
     }
 
 
@@ -158,12 +156,8 @@ async def test_a_sound_receiver_passes_every_check() -> None:
         assert failed(await conform.run(target)) == {}
 
 
-@pytest.mark.parametrize(
-    ("fault", "check", "words"), FAULTS, ids=lambda value: getattr(value, "__name__", None)
-)
-async def test_a_check_fails_at_a_receiver_that_has_its_fault(
-    fault: type[Receiver], check: str, words: str
-) -> None:
+@pytest.mark.parametrize(("fault", "check", "words"), FAULTS, ids=lambda value: getattr(value, "__name__", None))
+async def test_a_check_fails_at_a_receiver_that_has_its_fault(fault: type[Receiver], check: str, words: str) -> None:
     seconds = 0.6 if fault in WAITING else DEADLINE
     async with fault().serving() as url, target_at(url, seconds=seconds) as target:
         verdict = await named(check).run(target)
@@ -219,9 +213,7 @@ async def test_a_receiver_that_is_not_there_fails_the_first_check() -> None:
 async def test_a_check_takes_a_bounded_time_even_when_nobody_ever_answers() -> None:
     # The connections are made by the kernel; nobody takes them.
     with socket.create_server(("127.0.0.1", 0), backlog=200) as deaf:
-        async with target_at(
-            f"http://127.0.0.1:{deaf.getsockname()[1]}", seconds=0.05, views=False
-        ) as target:
+        async with target_at(f"http://127.0.0.1:{deaf.getsockname()[1]}", seconds=0.05, views=False) as target:
             async with asyncio.timeout(30):
                 verdicts = [await check.run(target) for check in CHECKS if check.name != "rolled secrets"]
     assert {verdict.outcome for verdict in verdicts} == {Outcome.failed}
@@ -233,9 +225,7 @@ async def test_a_view_that_cannot_be_used_stops_the_run_with_a_sentence() -> Non
         everything = conform.ObjectAddress(client, url + "/objects/{object_id}")
         nowhere = conform.EventAddress(client, "http://127.0.0.1:1/{event_id}")
         with pytest.raises(ConformError, match=r"the view of events cannot be used: it gave no answer"):
-            await conform.run(
-                conform.Target(address=address, secrets=SECRETS, events=nowhere, objects=everything)
-            )
+            await conform.run(conform.Target(address=address, secrets=SECRETS, events=nowhere, objects=everything))
 
 
 async def test_a_view_that_knows_what_was_never_sent_stops_the_run_with_a_sentence() -> None:
@@ -353,9 +343,7 @@ async def served_here(app: FastAPI) -> AsyncIterator[str]:
         listening.close()
 
 
-async def test_kamiyo_passes_every_check(
-    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_kamiyo_passes_every_check(database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name, value in (
         ("STRIPE_WEBHOOK_SECRET", ",".join(SECRETS)),
@@ -388,9 +376,7 @@ async def test_the_docs_show_what_the_kit_says_of_the_handwritten_kind(new_datab
     written = _with_table(_with_table(page, "checks", _explained()), "results", _compared(theirs))
     if os.environ.get("KAMIYO_WRITE_DOCS"):
         DOCS.write_text(written)
-    assert page == written, (
-        "run this test once with KAMIYO_WRITE_DOCS=1 to bring docs/conformance.md up to date"
-    )
+    assert page == written, "run this test once with KAMIYO_WRITE_DOCS=1 to bring docs/conformance.md up to date"
 
 
 def _explained() -> str:

@@ -164,9 +164,7 @@ def test_nobody_but_the_owner_can_come_to_the_socket_or_read_the_data(folder: Pa
             assert stat.S_IMODE(private.stat().st_mode) & 0o077 == 0, private
 
 
-def test_two_processes_share_one_server_and_only_the_last_to_leave_stops_it(
-    folder: Path, new_user: NewUser
-) -> None:
+def test_two_processes_share_one_server_and_only_the_last_to_leave_stops_it(folder: Path, new_user: NewUser) -> None:
     first, second = new_user(), new_user()
     assert first.server == second.server
     first.leave()
@@ -179,8 +177,7 @@ def test_whoever_starts_at_the_same_moment_makes_one_cluster_and_starts_one_serv
     place = tmp_path / "postgres"
     handles: list[EmbeddedPostgres] = []
     starters = [
-        threading.Thread(target=lambda: handles.append(EmbeddedPostgres.start(place, durable=False)))
-        for _ in range(3)
+        threading.Thread(target=lambda: handles.append(EmbeddedPostgres.start(place, durable=False))) for _ in range(3)
     ]
     for starter in starters:
         starter.start()
@@ -205,9 +202,7 @@ def test_a_killed_process_is_no_longer_counted_so_the_last_living_one_stops_the_
     assert _servers(folder) == []
 
 
-def test_a_server_that_outlived_all_its_users_is_adopted_and_then_stopped(
-    folder: Path, new_user: NewUser
-) -> None:
+def test_a_server_that_outlived_all_its_users_is_adopted_and_then_stopped(folder: Path, new_user: NewUser) -> None:
     killed = new_user()
     killed.kill()
     assert psutil.pid_exists(killed.server)
@@ -323,9 +318,7 @@ def test_data_of_another_version_is_left_alone_and_the_sentence_names_both(tmp_p
     folder = tmp_path / "postgres"
     (folder / "data").mkdir(parents=True)
     (folder / "data" / "PG_VERSION").write_text("13\n")
-    with pytest.raises(
-        EmbeddedPostgresError, match=r"made by PostgreSQL 13, and this is PostgreSQL 18.*pg_dump"
-    ):
+    with pytest.raises(EmbeddedPostgresError, match=r"made by PostgreSQL 13, and this is PostgreSQL 18.*pg_dump"):
         EmbeddedPostgres.start(folder)
     assert (folder / "data" / "PG_VERSION").read_text() == "13\n"
     assert issubclass(EmbeddedPostgresError, DatabaseUnavailable)
@@ -399,9 +392,7 @@ def test_another_postgresql_serves_as_well() -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_root_starts_it_where_nobody_else_may_go_and_no_mode_is_changed(
-    cluster: Path, tmp_path: Path
-) -> None:
+def test_root_starts_it_where_nobody_else_may_go_and_no_mode_is_changed(cluster: Path, tmp_path: Path) -> None:
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o700)
     with EmbeddedPostgres.start(closed / "postgres", durable=False) as server:

@@ -110,7 +110,12 @@ async def test_no_canary_is_in_a_log_line_a_metric_an_alert_or_an_answer_that_is
         for event_id in ids:
             await settled(db, event_id)
         body = event_json(None, "customer.created", jane)
-        for headers in ({}, signed(body, "whsec_wrong"), signed(body, at=time.time() - 4000), {"Stripe-Signature": "v1"}):
+        for headers in (
+            {},
+            signed(body, "whsec_wrong"),
+            signed(body, at=time.time() - 4000),
+            {"Stripe-Signature": "v1"},
+        ):
             emitted.append((await client.post(f"{PREFIX}/stripe", content=body, headers=headers)).text)
         emitted.append((await deliver(client, body[:-1])).text)
         emitted.append((await deliver(client, body + b" " * 2_000_000)).text)

@@ -85,9 +85,7 @@ def overlaid(now: Any, before: dict[str, Any]) -> dict[str, Any]:
     merged = dict(now)
     for name, value in before.items():
         known = merged.get(name)
-        merged[name] = (
-            overlaid(known, value) if isinstance(value, dict) and isinstance(known, dict) else value
-        )
+        merged[name] = overlaid(known, value) if isinstance(value, dict) and isinstance(known, dict) else value
     if "metadata" in before and isinstance(merged["metadata"], dict):
         merged["metadata"] = {key: value for key, value in merged["metadata"].items() if value is not None}
     return merged
@@ -106,9 +104,7 @@ def test_no_two_worlds_share_an_id_unless_seed_account_and_mode_are_the_same() -
     worlds = [lives(1), lives(-1), lives(2), lives(1, account="acct_1Other"), lives(1, livemode=True)]
     ids: Counter[str] = Counter()
     for one in worlds:
-        ids.update(
-            {event.id for event in one.events} | {event.object_id or "" for event in one.events} - {""}
-        )
+        ids.update({event.id for event in one.events} | {event.object_id or "" for event in one.events} - {""})
     assert ids.most_common(1)[0][1] == 1
 
 
@@ -241,9 +237,7 @@ def test_a_body_is_indented_by_two_spaces_and_keeps_text_as_it_is() -> None:
         ("product", set()),
     ],
 )
-def test_an_object_has_every_field_of_stripes_own_example(
-    world: World, kind: str, moved_away: set[str]
-) -> None:
+def test_an_object_has_every_field_of_stripes_own_example(world: World, kind: str, moved_away: set[str]) -> None:
     example = json.loads((EXAMPLES / f"{kind}.json").read_text())
     facts: Any = getattr(world, f"{kind}s")
     if kind == "refund":
@@ -268,9 +262,7 @@ def test_an_object_has_every_field_of_stripes_own_example(
         ("invoice_payment.paid", "invoice_payment"),
     ],
 )
-def test_objects_the_world_does_not_act_out_have_the_fields_of_the_example_too(
-    event_type: str, example: str
-) -> None:
+def test_objects_the_world_does_not_act_out_have_the_fields_of_the_example_too(event_type: str, example: str) -> None:
     told = single(event_type, seed=1, now=START)[-1].render()["data"]["object"]
     assert told.keys() == json.loads((EXAMPLES / f"{example}.json").read_text()).keys()
 
@@ -280,9 +272,7 @@ def test_the_envelope_and_the_stub_of_a_deletion_have_the_fields_of_the_examples
     world.delete_customer(world.create_customer(), stub=True)
     told = world.events[-1].render()
     assert told.keys() == json.loads((EXAMPLES / "event.json").read_text()).keys()
-    assert (
-        told["data"]["object"].keys() == json.loads((EXAMPLES / "deleted_customer.json").read_text()).keys()
-    )
+    assert told["data"]["object"].keys() == json.loads((EXAMPLES / "deleted_customer.json").read_text()).keys()
     connected = single("customer.created", seed=1, now=START, account="acct_1Connected")[-1].render()
     assert connected.keys() - told.keys() == {"account"}
 
@@ -352,9 +342,7 @@ def test_an_unknown_version_is_refused(world: World) -> None:
 
 
 @pytest.mark.parametrize("version", API_VERSIONS)
-def test_previous_attributes_turn_an_object_back_into_what_the_event_before_showed(
-    world: World, version: str
-) -> None:
+def test_previous_attributes_turn_an_object_back_into_what_the_event_before_showed(world: World, version: str) -> None:
     shown: dict[str, Any] = {}
     checked = 0
     for event, told, previous in objects_of(world.events, version):
@@ -372,9 +360,7 @@ def test_previous_attributes_turn_an_object_back_into_what_the_event_before_show
 def test_only_updates_and_three_others_tell_what_was_before(world: World) -> None:
     refunded = STORIES["refund"](World(1, start=START))
     telling = {event.type for event, _, previous in objects_of(world.events + refunded, OLDEST) if previous}
-    silent = {
-        event.type for event, _, previous in objects_of(world.events + refunded, OLDEST) if previous is None
-    }
+    silent = {event.type for event, _, previous in objects_of(world.events + refunded, OLDEST) if previous is None}
     assert not telling & silent
     assert {name for name in telling if not name.endswith(".updated")} == {
         "payment_method.detached",
@@ -397,18 +383,14 @@ def test_an_added_metadata_key_was_null_before_and_a_changed_list_is_told_whole(
     customer = world.create_customer(metadata={"kept": "1", "gone": "2"})
     world.wait(5)
     world.update_customer(customer, metadata={"new": "3", "gone": None})
-    assert world.events[-1].render()["data"]["previous_attributes"] == {
-        "metadata": {"gone": "2", "new": None}
-    }
+    assert world.events[-1].render()["data"]["previous_attributes"] == {"metadata": {"gone": "2", "new": None}}
 
     world.attach(customer)
     subscription = world.subscribe(customer, add_on="scale")
     before = world.events[-1].render()["data"]["object"]["items"]["data"]
     world.change(subscription, quantity=4)
     changed = next(
-        e
-        for e in world.events
-        if e.before and getattr(e.before, "items", None) != getattr(e.after, "items", None)
+        e for e in world.events if e.before and getattr(e.before, "items", None) != getattr(e.after, "items", None)
     )
     assert changed.render()["data"]["previous_attributes"] == {"items": {"data": before}}
 
@@ -440,9 +422,7 @@ def naive_row(kind: str, told: dict[str, Any], version: str) -> dict[str, Any]:
     elif kind == "invoice":
         parent = told.get("parent")
         row["paid_at"] = told["status_transitions"]["paid_at"]
-        row["subscription"] = (
-            parent["subscription_details"]["subscription"] if parent else told.get("subscription")
-        )
+        row["subscription"] = parent["subscription_details"]["subscription"] if parent else told.get("subscription")
     else:
         details = told[told["type"]]
         for name in ("brand", "last4", "exp_month", "exp_year", "funding", "country", "fingerprint"):
@@ -468,9 +448,7 @@ def naive_tables(world: World, version: str) -> dict[str, dict[str, dict[str, An
 
 @settings(max_examples=15)
 @given(seeds, st.sampled_from([OLDEST, CURRENT_API_VERSION]), st.booleans())
-def test_the_truth_is_what_the_last_event_of_each_object_says(
-    seed: int, version: str, livemode: bool
-) -> None:
+def test_the_truth_is_what_the_last_event_of_each_object_says(seed: int, version: str, livemode: bool) -> None:
     world = lives(seed, 4, account="acct_1Connected", livemode=livemode)
     assert naive_tables(world, version) == world.truth()
 
@@ -701,9 +679,7 @@ def test_stripes_library_reads_the_thin_twin_of_every_event_that_has_one() -> No
         assert read.type == f"v1.{event_type}"
         assert datetime.fromisoformat(read.created).timestamp() == START
         assert hasattr(read, "related_object") == ("related_object" in twin)
-        assert (
-            not hasattr(read, "related_object") or read.related_object.type == twin["related_object"]["type"]
-        )
+        assert not hasattr(read, "related_object") or read.related_object.type == twin["related_object"]["type"]
 
 
 def test_a_thin_event_names_its_object_and_its_twin() -> None:

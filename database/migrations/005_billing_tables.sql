@@ -12,7 +12,7 @@ CREATE SCHEMA IF NOT EXISTS billing;
 
 -- The columns every table ends with:
 --   last_webhook_event_id    the event that made the row what it is
---   last_webhook_updated_at  when that was applied here
+--   last_webhook_updated_at  when that event was received here: the same again after a rebuild
 --   last_event_rank          where that event stands in the object's life; a lower rank never overwrites it.
 --                            How it is made up: kamiyo/projections.py
 --   order_evidence           'decided'   the row is what Stripe last said

@@ -12,6 +12,12 @@ BEGIN;
 SET LOCAL client_min_messages = warning;
 SELECT pg_advisory_xact_lock(118038671810927);
 
+-- Stripe's second (unix) in a rank: see kamiyo/projections.py.
+CREATE OR REPLACE FUNCTION billing.second_of(rank bigint) RETURNS bigint
+LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
+    SELECT (rank & ((1::bigint << 56) - 1)) >> 14
+$$;
+
 CREATE OR REPLACE FUNCTION webhook_receive(
     arrivals webhook_arrival[],
     customers billing.customers_row[],
@@ -29,7 +35,8 @@ AS $$
 DECLARE
     -- Lanes of this batch that no worker holds. Trying, never waiting: a worker may be in a slow handler.
     free      integer[];
-    -- Events whose row stands at the same rank, made by another event: a tie, which the workers settle.
+    -- Events whose row was made by another event of the same second that ranks as high (a tie) or higher (then this
+    -- one is evidence that comes late): the workers weigh them all together. And customers that a stub deleted.
     contested text[];
     -- Events that are processed with this commit.
     finished  text[] := '{}';
@@ -37,22 +44,32 @@ BEGIN
     -- Not while the tables are being rebuilt: the rebuild holds this lock, and would be waited for.
     IF EXISTS (SELECT FROM unnest(arrivals) AS a WHERE a.outcome IS NOT NULL)
        AND pg_try_advisory_xact_lock_shared(118038671810930) THEN
-        SELECT array_agg(lane) INTO free
-        FROM (SELECT DISTINCT a.lane FROM unnest(arrivals) AS a WHERE a.outcome IS NOT NULL) AS lanes
-        WHERE pg_try_advisory_xact_lock(1800432, lane);
+        BEGIN
+            SELECT array_agg(lane) INTO free
+            FROM (SELECT DISTINCT a.lane FROM unnest(arrivals) AS a WHERE a.outcome IS NOT NULL) AS lanes
+            WHERE pg_try_advisory_xact_lock(1800432, lane);
+        EXCEPTION WHEN out_of_memory THEN
+            -- The server's table of locks is full (max_locks_per_transaction): store, and leave the rest to the workers.
+            free := NULL;
+        END;
 
         SELECT array_agg(event_id) INTO contested FROM (
             SELECT r.event_id FROM unnest(customers) AS r JOIN billing.customers AS b USING (id, account, livemode)
-            WHERE b.last_event_rank = r.rank AND b.last_webhook_event_id <> r.event_id OR b.last_event_rank >= (1::bigint << 56) AND b.last_event_rank & 1 = 0
+            WHERE b.last_event_rank >= r.rank AND b.last_webhook_event_id <> r.event_id
+              AND billing.second_of(b.last_event_rank) = billing.second_of(r.rank)
+               OR b.last_event_rank >= (1::bigint << 56) AND b.last_event_rank & 1 = 0
             UNION ALL
             SELECT r.event_id FROM unnest(subscriptions) AS r JOIN billing.subscriptions AS b USING (id, account, livemode)
-            WHERE b.last_event_rank = r.rank AND b.last_webhook_event_id <> r.event_id
+            WHERE b.last_event_rank >= r.rank AND b.last_webhook_event_id <> r.event_id
+              AND billing.second_of(b.last_event_rank) = billing.second_of(r.rank)
             UNION ALL
             SELECT r.event_id FROM unnest(invoices) AS r JOIN billing.invoices AS b USING (id, account, livemode)
-            WHERE b.last_event_rank = r.rank AND b.last_webhook_event_id <> r.event_id
+            WHERE b.last_event_rank >= r.rank AND b.last_webhook_event_id <> r.event_id
+              AND billing.second_of(b.last_event_rank) = billing.second_of(r.rank)
             UNION ALL
             SELECT r.event_id FROM unnest(payment_methods) AS r JOIN billing.payment_methods AS b USING (id, account, livemode)
-            WHERE b.last_event_rank = r.rank AND b.last_webhook_event_id <> r.event_id
+            WHERE b.last_event_rank >= r.rank AND b.last_webhook_event_id <> r.event_id
+              AND billing.second_of(b.last_event_rank) = billing.second_of(r.rank)
         ) AS ties;
 
         SELECT coalesce(array_agg(a.event_id), '{}') INTO finished FROM unnest(arrivals) AS a

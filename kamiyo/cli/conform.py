@@ -43,8 +43,7 @@ def conform(
     event_url: Annotated[
         str | None,
         typer.Option(
-            help="Where any receiver shows an event, with {event_id} in it: 404, or JSON with `status` and "
-            "`times`."
+            help="Where any receiver shows an event, with {event_id} in it: 404, or JSON with `status` and `times`."
         ),
     ] = None,
     object_url: Annotated[
@@ -101,9 +100,7 @@ def conform(
                 objects = kit.ObjectAddress(views, object_url)
             elif own and settings:
                 objects = kit.BillingTables(await stack.enter_async_context(connected(settings)))
-            target = kit.Target(
-                address=address, secrets=secrets, timeout=timeout, events=events, objects=objects
-            )
+            target = kit.Target(address=address, secrets=secrets, timeout=timeout, events=events, objects=objects)
             with progressing("checks", len(checks)) as progress:
                 return await kit.run(target, checks, progress=progress)
 

@@ -27,9 +27,7 @@ _T = TypeVar("_T")
 _StatusOption = Annotated[Status | None, typer.Option(help="Only events that stand like this.")]
 _TypeOption = Annotated[str | None, typer.Option("--type", help="Only this event type.")]
 _CustomerOption = Annotated[str | None, typer.Option(help="Only events of this customer (cus_…).")]
-_ObjectOption = Annotated[
-    str | None, typer.Option("--object", help="Only events about this object (in_…, sub_…).")
-]
+_ObjectOption = Annotated[str | None, typer.Option("--object", help="Only events about this object (in_…, sub_…).")]
 _AccountOption = Annotated[str | None, typer.Option(help="Only events of this connected account (acct_…).")]
 _SinceOption = Annotated[datetime | None, typer.Option(help="Only events received from then on (UTC).")]
 _UntilOption = Annotated[datetime | None, typer.Option(help="Only events received before then (UTC).")]
@@ -59,9 +57,7 @@ def list_events(
     """List events, newest first."""
     filters = Filters(status, event_type, customer, object_id, account, _utc(since), _utc(until))
     rows = _with_database(lambda db: inbox.listed(db, filters, limit=limit))
-    table = Table(
-        "received (UTC)", "event", "type", "status", "tries", "object", "customer", box=None, pad_edge=False
-    )
+    table = Table("received (UTC)", "event", "type", "status", "tries", "object", "customer", box=None, pad_edge=False)
     for row in rows:
         table.add_row(
             row["created_at"].strftime("%Y-%m-%d %H:%M:%S"),
@@ -114,9 +110,7 @@ def show_event(
         console.print(failure["traceback"], style="dim", highlight=False, markup=False)
     if payload:
         console.print()
-        console.print_json(
-            json.dumps(decode(row["body"])) if row["body"] is not None else '"removed by retention"'
-        )
+        console.print_json(json.dumps(decode(row["body"])) if row["body"] is not None else '"removed by retention"')
 
 
 @app.command("retry")
@@ -127,9 +121,7 @@ def retry_event(event_id: Annotated[str, typer.Argument(help="The failed event's
 
 
 def replay(
-    status: Annotated[
-        Status, typer.Option(help="failed, or processed to run finished events again.")
-    ] = Status.failed,
+    status: Annotated[Status, typer.Option(help="failed, or processed to run finished events again.")] = Status.failed,
     event_type: _TypeOption = None,
     customer: _CustomerOption = None,
     object_id: _ObjectOption = None,
@@ -211,9 +203,7 @@ def rebuild() -> None:
 
 
 def cleanup(
-    days: Annotated[
-        int, typer.Option(help="Remove what was received more than this many days ago.", min=1)
-    ] = 30,
+    days: Annotated[int, typer.Option(help="Remove what was received more than this many days ago.", min=1)] = 30,
 ) -> None:
     """Remove old processed events with their bodies. Never touches an event that is not processed."""
     with progressing("removed") as progress:

@@ -21,16 +21,12 @@ from kamiyo.web.system import database_url, running
 
 
 def serve(
-    host: Annotated[
-        str | None, typer.Option(help="Address to listen on.  [default: HOST or 127.0.0.1]")
-    ] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on.  [default: PORT or 8000]")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on. (default: HOST or 127.0.0.1)")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on. (default: PORT, or 8000)")] = None,
     workers: Annotated[int, typer.Option(help="Server processes that share the port.", min=1, max=64)] = 1,
     dev: Annotated[
         bool,
-        typer.Option(
-            "--dev", help="For trying out: makes a signing secret and an admin key where none is set."
-        ),
+        typer.Option("--dev", help="For trying out: makes a signing secret and an admin key where none is set."),
     ] = False,
 ) -> None:
     """Receive Stripe's events over HTTP and process them.
@@ -174,9 +170,7 @@ def migrate() -> None:
         async with database_url(settings) as url:
             db = await database.connect(url, application="kamiyo migrate")
             try:
-                return await database.migrate(
-                    db, report=lambda name: console.print(f"applied {name}", highlight=False)
-                )
+                return await database.migrate(db, report=lambda name: console.print(f"applied {name}", highlight=False))
             finally:
                 await db.close()
 

@@ -25,7 +25,7 @@ def trigger(
     ] = None,
     url: Annotated[
         str | None,
-        typer.Option(help="Where to post.  [default: http://127.0.0.1:PORT/api/v1/webhooks/stripe]"),
+        typer.Option(help="Where to post. (default: http://127.0.0.1:PORT/api/v1/webhooks/stripe)"),
     ] = None,
     api_version: Annotated[
         str, typer.Option(help=f"Shape of the objects: {', '.join(simulator.API_VERSIONS)}.")
@@ -34,9 +34,7 @@ def trigger(
         bool, typer.Option("--only", help="Post the event alone, without what must come before it.")
     ] = False,
     repeat: Annotated[int, typer.Option(help="Post the last event this many times.", min=1, max=100)] = 1,
-    seed: Annotated[
-        int | None, typer.Option(help="The same seed makes the same ids.  [default: random]")
-    ] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed makes the same ids. (default: random)")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, for scripts.")] = False,
 ) -> None:
     """Post realistic, signed Stripe events to a running Kamiyo.
@@ -49,9 +47,7 @@ def trigger(
         raise typer.BadParameter(f"known API versions: {', '.join(simulator.API_VERSIONS)}")
     settings = settings_for_commands()
     if not settings.webhook_secrets:
-        raise SettingsError(
-            "STRIPE_WEBHOOK_SECRET is not set, so nothing can be signed. Set it, or start `make run`."
-        )
+        raise SettingsError("STRIPE_WEBHOOK_SECRET is not set, so nothing can be signed. Set it, or start `make run`.")
     events = _events(event_type, story, seed, only)
     events += events[-1:] * (repeat - 1)
     target = url or f"http://127.0.0.1:{settings.port}/api/v1/webhooks/stripe"
@@ -96,9 +92,7 @@ def _post(events: list[SimulatedEvent], url: str, secret: str, api_version: str)
             except httpx.HTTPError as error:
                 complain(f"cannot reach {url}: {error}. Is `make run` or `kamiyo serve` running?")
                 raise typer.Exit(2) from error
-            said = (
-                reply.json() if reply.headers.get("content-type", "").startswith("application/json") else {}
-            )
+            said = reply.json() if reply.headers.get("content-type", "").startswith("application/json") else {}
             answers.append(
                 {
                     "event_id": event.id,
@@ -120,6 +114,4 @@ def _show(answers: list[dict[str, object]], target: str) -> None:
             f"[{colour}]{answer['status_code']}[/] {answer['message']}",
         )
     console.print(table)
-    console.print(
-        f"\nposted to {target}; look: kamiyo events show {answers[-1]['event_id']}", highlight=False
-    )
+    console.print(f"\nposted to {target}; look: kamiyo events show {answers[-1]['event_id']}", highlight=False)

@@ -15,8 +15,7 @@ _TEN_MINUTES = 600.0
 
 @check(
     "signed event",
-    "An event signed as Stripe signs it must be answered 2xx in time. Without that nothing else can be "
-    "judged.",
+    "An event signed as Stripe signs it must be answered 2xx in time. Without that nothing else can be judged.",
 )
 async def signed_event(target: Target) -> str:
     """Deliver one event that nothing is wrong with."""
@@ -28,8 +27,7 @@ async def signed_event(target: Target) -> str:
 
 @check(
     "no signature",
-    "Anyone can post to the address. What Stripe did not sign must be refused, and with a 4xx: a 5xx is a "
-    "crash.",
+    "Anyone can post to the address. What Stripe did not sign must be refused, and with a 4xx: a 5xx is a crash.",
 )
 async def no_signature(target: Target) -> str:
     """Deliver an event without the header."""
@@ -47,8 +45,7 @@ async def foreign_secret(target: Target) -> str:
 
 @check(
     "altered byte",
-    "The signature covers every byte. A receiver that checks something else than what it then reads can be "
-    "told lies.",
+    "The signature covers every byte. A receiver that checks something else than what it then reads can be told lies.",
 )
 async def altered_byte(target: Target) -> str:
     """Sign an event, then change one letter of what it says."""
@@ -113,8 +110,7 @@ async def two_signatures(target: Target) -> str:
 
 @check(
     "two header lines",
-    "A proxy may split a header or add one. Whatever is made of it, it must be an answer, and no way around "
-    "the check.",
+    "A proxy may split a header or add one. Whatever is made of it, it must be an answer, and no way around the check.",
 )
 async def two_header_lines(target: Target) -> str:
     """Send `Stripe-Signature` twice: a good line and a foreign one (anyone's choice); two foreign ones."""
@@ -131,8 +127,7 @@ async def two_header_lines(target: Target) -> str:
 
 @check(
     "rolled secrets",
-    "During a roll, and where live and test mode or several accounts share an address, each secret is good "
-    "by itself.",
+    "During a roll, and where live and test mode or several accounts share an address, each secret is good by itself.",
 )
 async def rolled_secrets(target: Target) -> str:
     """Sign with each of the receiver's secrets alone."""

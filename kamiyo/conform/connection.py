@@ -81,13 +81,9 @@ async def slow_body(target: Target) -> str:
     """Trickle eight signed bodies for some seconds, and deliver others meanwhile."""
     slow = [samples.customer() for _ in range(_SLOW)]
     async with AsyncExitStack() as stack:
-        wires = [
-            await stack.enter_async_context(connected(target.address, target.timeout)) for _ in range(_SLOW)
-        ]
+        wires = [await stack.enter_async_context(connected(target.address, target.timeout)) for _ in range(_SLOW)]
         began = time.monotonic()
-        trickles = [
-            asyncio.create_task(_trickle(target, wire, one)) for wire, one in zip(wires, slow, strict=True)
-        ]
+        trickles = [asyncio.create_task(_trickle(target, wire, one)) for wire, one in zip(wires, slow, strict=True)]
         try:
             for _ in range(_MEANWHILE):
                 await target.accepts(samples.customer(), what="another delivery meanwhile")

@@ -44,9 +44,7 @@ async def object_without_id(target: Target) -> str:
         await target.accepts(one, what=one.event_type)
     balance = samples.customer_payload() | {"type": "balance.available"}
     money = [{"amount": 2900, "currency": "usd", "source_types": {"card": 2900}}]
-    balance["data"] = {
-        "object": {"object": "balance", "available": money, "livemode": False, "pending": money}
-    }
+    balance["data"] = {"object": {"object": "balance", "available": money, "livemode": False, "pending": money}}
     await _taken(target, upcoming, what=upcoming.event_type)
     return await _taken(target, samples.sample(balance), what="balance.available")
 
@@ -96,9 +94,7 @@ async def old_and_new_shapes(target: Target) -> str:
             compared |= await _same(
                 target, version, "subscription", subscription, "current_period_end", fact.current_period_end
             )
-            compared |= await _same(
-                target, version, "invoice", fact.latest_invoice or "", "subscription", subscription
-            )
+            compared |= await _same(target, version, "invoice", fact.latest_invoice or "", "subscription", subscription)
     kept = ", and kept alike" if compared else ", and processed" if seen else f"; {NOTHING_TO_OBSERVE}"
     return f"accepted in {len(API_VERSIONS)} API versions{kept}"
 
@@ -119,9 +115,7 @@ async def _taken(target: Target, sample: Sample, what: str = "") -> str:
     return "accepted, and processed" if seen else f"accepted; {NOTHING_TO_OBSERVE}"
 
 
-async def _same(
-    target: Target, version: str, object_type: str, object_id: str, name: str, expected: int | str
-) -> bool:
+async def _same(target: Target, version: str, object_type: str, object_id: str, name: str, expected: int | str) -> bool:
     held = await target.object(object_type, object_id)
     if held is None or name not in held:
         return False

@@ -88,9 +88,7 @@ class EventAddress:
         if found is None:
             return None
         status, times = found.get("status"), found.get("times")
-        return EventSeen(
-            status if isinstance(status, str) else None, times if isinstance(times, int) else None
-        )
+        return EventSeen(status if isinstance(status, str) else None, times if isinstance(times, int) else None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,9 +44,7 @@ async def concurrent_duplicates(target: Target) -> str:
             seen = await target.effect(sample)
     if answers:
         copies_sent = _COPIES * _ROUNDS
-        raise Fault(
-            "; ".join(f"{count} of {copies_sent} copies: {words}" for words, count in answers.items())
-        )
+        raise Fault("; ".join(f"{count} of {copies_sent} copies: {words}" for words, count in answers.items()))
     return f"every copy is accepted{', each event stored once' if seen else '; ' + NOTHING_TO_OBSERVE}"
 
 

@@ -58,9 +58,7 @@ class Target:
     async def post_together(self, deliveries: Sequence[tuple[bytes, Sequence[str]]]) -> list[Answer]:
         """Deliver all of them at the same moment, each on a connection of its own."""
         async with AsyncExitStack() as stack:
-            wires = [
-                await stack.enter_async_context(connected(self.address, self.timeout)) for _ in deliveries
-            ]
+            wires = [await stack.enter_async_context(connected(self.address, self.timeout)) for _ in deliveries]
             for wire, (body, signatures) in zip(wires, deliveries, strict=True):
                 await wire.send(head(self.address, signatures, len(body)) + body[:-1])
             # Everything but one byte has arrived everywhere: now they are complete within microseconds.
@@ -99,9 +97,7 @@ class Target:
             await asyncio.sleep(pause)
             pause *= 2
 
-    async def refuses(
-        self, sample: Sample, *signatures: str, body: bytes | None = None, what: str = ""
-    ) -> None:
+    async def refuses(self, sample: Sample, *signatures: str, body: bytes | None = None, what: str = "") -> None:
         """Deliver what must not be believed. Raises Fault unless the answer is 4xx and nothing is kept."""
         answer = await self.post(sample.body if body is None else body, *signatures)
         prefix = f"{what}: " if what else ""

@@ -177,9 +177,7 @@ async def connected(address: Address, seconds: float) -> AsyncIterator[Wire]:
     context = ssl.create_default_context() if address.secure else None
     try:
         async with asyncio.timeout(seconds):
-            reader, writer = await asyncio.open_connection(
-                address.host, address.port, ssl=context, limit=_LONGEST_HEAD
-            )
+            reader, writer = await asyncio.open_connection(address.host, address.port, ssl=context, limit=_LONGEST_HEAD)
     except OSError as error:  # TimeoutError and ssl.SSLError among them
         raise Unreachable(error) from error
     wire = Wire(reader, writer, seconds)

@@ -49,16 +49,12 @@ _KINDS: dict[str, _Kind] = {
     "account": _Kind("account", "acct_", "country default_currency email charges_enabled"),
     "account.application": _Kind("application", "ca_", "name"),
     "account.external_account": _Kind("bank_account", "ba_", "account country currency last4", "new"),
-    "application_fee": _Kind(
-        "application_fee", "fee_", "account amount amount_refunded charge currency refunded"
-    ),
+    "application_fee": _Kind("application_fee", "fee_", "account amount amount_refunded charge currency refunded"),
     "application_fee.refund": _Kind("fee_refund", "fr_", "amount currency fee"),
     "balance": _Kind("balance", "", "available pending"),
     "balance_settings": _Kind("balance_settings", "", "payments"),
     "billing.alert": _Kind("billing.alert_triggered", "", "alert customer value"),
-    "billing.credit_balance_transaction": _Kind(
-        "billing.credit_balance_transaction", "cbtxn_", "type effective_at"
-    ),
+    "billing.credit_balance_transaction": _Kind("billing.credit_balance_transaction", "cbtxn_", "type effective_at"),
     "billing.credit_grant": _Kind("billing.credit_grant", "credgr_", "category customer name priority"),
     "billing.meter": _Kind("billing.meter", "mtr_", "display_name event_name", "active"),
     "billing_portal.configuration": _Kind("billing_portal.configuration", "bpc_", "active is_default"),
@@ -106,9 +102,7 @@ _KINDS: dict[str, _Kind] = {
     "reserve.plan": _Kind("reserve.plan", "resvplan_", "percent type", "active"),
     "reserve.release": _Kind("reserve.release", "resvrel_", "amount currency"),
     "review": _Kind("review", "prv_", "charge open reason"),
-    "setup_intent": _Kind(
-        "setup_intent", "seti_", "customer payment_method usage", "requires_payment_method"
-    ),
+    "setup_intent": _Kind("setup_intent", "seti_", "customer payment_method usage", "requires_payment_method"),
     "sigma.scheduled_query_run": _Kind("scheduled_query_run", "sqr_", "name sql", "completed"),
     "source": _Kind("source", "src_", "amount currency flow type", "pending"),
     "source.transaction": _Kind("source_transaction", "srctxn_", "amount currency source type", "succeeded"),
@@ -119,24 +113,14 @@ _KINDS: dict[str, _Kind] = {
     "test_helpers.test_clock": _Kind("test_helpers.test_clock", "clock_", "frozen_time name", "ready"),
     "topup": _Kind("topup", "tu_", "amount currency description", "pending"),
     "transfer": _Kind("transfer", "tr_", "amount currency destination reversed"),
-    "treasury.credit_reversal": _Kind(
-        "treasury.credit_reversal", "credrev_", "amount currency", "processing"
-    ),
+    "treasury.credit_reversal": _Kind("treasury.credit_reversal", "credrev_", "amount currency", "processing"),
     "treasury.debit_reversal": _Kind("treasury.debit_reversal", "debrev_", "amount currency", "processing"),
     "treasury.financial_account": _Kind("treasury.financial_account", "fa_", "country", "open"),
     "treasury.inbound_transfer": _Kind("treasury.inbound_transfer", "ibt_", "amount currency", "processing"),
-    "treasury.outbound_payment": _Kind(
-        "treasury.outbound_payment", "obp_", "amount currency customer", "processing"
-    ),
-    "treasury.outbound_transfer": _Kind(
-        "treasury.outbound_transfer", "obt_", "amount currency", "processing"
-    ),
-    "treasury.received_credit": _Kind(
-        "treasury.received_credit", "rc_", "amount currency network", "succeeded"
-    ),
-    "treasury.received_debit": _Kind(
-        "treasury.received_debit", "rd_", "amount currency network", "succeeded"
-    ),
+    "treasury.outbound_payment": _Kind("treasury.outbound_payment", "obp_", "amount currency customer", "processing"),
+    "treasury.outbound_transfer": _Kind("treasury.outbound_transfer", "obt_", "amount currency", "processing"),
+    "treasury.received_credit": _Kind("treasury.received_credit", "rc_", "amount currency network", "succeeded"),
+    "treasury.received_debit": _Kind("treasury.received_debit", "rd_", "amount currency network", "succeeded"),
 }
 
 # Kinds of which there is a template.

@@ -125,9 +125,7 @@ class Customers(Ledger):
         self._asked()
         self._change("customer.updated", self._living(customer), default_payment_method=payment_method)
 
-    def update_card(
-        self, payment_method: str, *, exp_month: int, exp_year: int, by_network: bool = False
-    ) -> None:
+    def update_card(self, payment_method: str, *, exp_month: int, exp_year: int, by_network: bool = False) -> None:
         """Give a card a new expiry: by hand, or by the card network, which Stripe calls automatic."""
         if by_network:
             self._by_itself()

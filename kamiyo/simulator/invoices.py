@@ -260,9 +260,7 @@ class Invoices(Customers):
             declined=False,
         )
         attempts = invoice.attempt_count + 1
-        return self._settle(
-            replace(invoice, charge=charge.id, attempt_count=attempts, attempted=True), before=invoice
-        )
+        return self._settle(replace(invoice, charge=charge.id, attempt_count=attempts, attempted=True), before=invoice)
 
     def _settle(self, invoice: Invoice, *, before: Invoice | None = None) -> Invoice:
         paid = self._keep(
@@ -295,9 +293,7 @@ class Invoices(Customers):
             declined=charge is not None,
         )
         attempts = invoice.attempt_count + 1
-        by_hand = (
-            invoice.collection_method == "send_invoice" or invoice.billing_reason == "subscription_create"
-        )
+        by_hand = invoice.collection_method == "send_invoice" or invoice.billing_reason == "subscription_create"
         wait = None if by_hand else RETRY_DAYS.get(attempts)
         invoice = self._change(
             "invoice.updated",
@@ -314,9 +310,7 @@ class Invoices(Customers):
     def _void(self, invoice: Invoice) -> None:
         if invoice.payment_intent:
             self._intend(invoice, "payment_intent.canceled", status="canceled", canceled_at=self.now)
-        invoice = self._change(
-            "invoice.updated", invoice, status="void", voided_at=self.now, next_payment_attempt=None
-        )
+        invoice = self._change("invoice.updated", invoice, status="void", voided_at=self.now, next_payment_attempt=None)
         self.say("invoice.voided", invoice)
 
     def _method_for(self, invoice: Invoice) -> PaymentMethod | None:

@@ -167,8 +167,7 @@ def _plan(event_type: str) -> _Recipe:
         price = world.price("pro")
         renamed = replace(price, nickname="Pro (2026)")
         before, after = (
-            Plain(id=one.id, created=one.created, value=plan(one, CURRENT_API_VERSION))
-            for one in (price, renamed)
+            Plain(id=one.id, created=one.created, value=plan(one, CURRENT_API_VERSION)) for one in (price, renamed)
         )
         if event_type == "plan.updated":
             world.say(event_type, after, before=before)
@@ -219,9 +218,7 @@ _RECIPES: dict[str, _Recipe] = {
     "customer.subscription.paused": _paused,
     "customer.subscription.resumed": _resumed,
     "customer.subscription.pending_update_applied": _change_paid,
-    "customer.subscription.pending_update_expired": lambda world: world.expire_change(
-        _change_requested(world)
-    ),
+    "customer.subscription.pending_update_expired": lambda world: world.expire_change(_change_requested(world)),
     "invoice.created": _draft,
     "invoice.updated": lambda world: world.update_invoice(_draft(world), purchase_order="PO-1042"),
     "invoice.deleted": lambda world: world.delete_draft(_draft(world)),
@@ -235,9 +232,7 @@ _RECIPES: dict[str, _Recipe] = {
     "invoice.payment_succeeded": lambda world: world.renew(_subscribed(world)),
     "invoice.payment_failed": lambda world: world.renew(_subscribed(world), pays=False),
     "invoice.payment_action_required": lambda world: world.require_action(_open(world)),
-    "invoice.payment_attempt_required": lambda world: world.remind(
-        _open(world), "invoice.payment_attempt_required"
-    ),
+    "invoice.payment_attempt_required": lambda world: world.remind(_open(world), "invoice.payment_attempt_required"),
     "invoice.marked_uncollectible": lambda world: world.mark_uncollectible(_open(world)),
     "invoice.voided": lambda world: world.void(_open(world)),
     "invoice.upcoming": lambda world: world.announce_renewal(_subscribed(world)),

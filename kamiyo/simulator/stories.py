@@ -125,9 +125,7 @@ class _Act:
     returns: bool = True
 
 
-def lifecycle(
-    world: World, rng: random.Random, *, steps: int = 12, flips: bool = False
-) -> list[SimulatedEvent]:
+def lifecycle(world: World, rng: random.Random, *, steps: int = 12, flips: bool = False) -> list[SimulatedEvent]:
     """One plausible life of a customer, made up of `steps` that fit what is true at the time.
 
     It begins within a month of `world.start`, however many lives the world has had: lives go on side by
@@ -158,9 +156,7 @@ def _possible(world: World, rng: random.Random, customer: str) -> Iterator[_Act]
     for method in wallet:
         if method.exp_month is not None and method.exp_year is not None:
             # Always later than before, so a card never gets an old expiry back.
-            later = partial(
-                world.update_card, method.id, exp_month=method.exp_month, exp_year=method.exp_year + 1
-            )
+            later = partial(world.update_card, method.id, exp_month=method.exp_month, exp_year=method.exp_year + 1)
             yield _Act(1, partial(later, by_network=rng.random() < 0.5), returns=False)
     if owner.deleted_at is not None:
         yield _Act(1, partial(world.wait, DAY))
@@ -169,9 +165,7 @@ def _possible(world: World, rng: random.Random, customer: str) -> Iterator[_Act]
     word = f"{rng.randrange(10**9):09d}"
     yield _Act(3, partial(world.update_customer, customer, email=world.new_email()), returns=False)
     yield _Act(3, partial(world.update_customer, customer, metadata={"note": word}), returns=False)
-    yield _Act(
-        1, partial(world.update_customer, customer, phone=f"+1555{word}", name=f"Name {word}"), returns=False
-    )
+    yield _Act(1, partial(world.update_customer, customer, phone=f"+1555{word}", name=f"Name {word}"), returns=False)
     yield _Act(1, partial(world.update_customer, customer, metadata={"note": None}))
     yield _Act(1, partial(world.credit, customer, rng.randrange(100, 3_000)))
     yield _Act(1, partial(world.add_discount, customer, rng.choice((10, 25, 50))), returns=False)
@@ -220,9 +214,7 @@ def _ways_to_subscribe(
         yield _Act(weight * 2, partial(subscribe, payment_method=chosen))
 
 
-def _next_of_subscription(
-    world: World, rng: random.Random, fact: Subscription, *, has_card: bool
-) -> Iterator[_Act]:
+def _next_of_subscription(world: World, rng: random.Random, fact: Subscription, *, has_card: bool) -> Iterator[_Act]:
     word = f"{rng.randrange(10**9):09d}"
     yield _Act(3, partial(world.update_subscription, fact.id, note=word), returns=False)
     yield _Act(1, partial(world.cancel, fact.id), returns=False)
@@ -271,9 +263,7 @@ def _next_of_invoice(world: World, rng: random.Random, fact: Invoice, *, has_car
         if fact.next_payment_attempt is not None:
             yield _Act(6, partial(world.retry, fact.id, pays=has_card and rng.random() < 0.4))
         if fact.due_date is not None:
-            yield _Act(
-                1, partial(world.remind, fact.id, rng.choice(("invoice.will_be_due", "invoice.overdue")))
-            )
+            yield _Act(1, partial(world.remind, fact.id, rng.choice(("invoice.will_be_due", "invoice.overdue"))))
         yield _Act(1, partial(world.pay_out_of_band, fact.id, overpaid=rng.choice((0, 0, 250))))
         yield _Act(1, partial(world.mark_uncollectible, fact.id))
         if fact.billing_reason != "subscription_create":

@@ -275,9 +275,7 @@ class Subscriptions(Invoices):
     def _next_end(self, fact: Subscription) -> int:
         return cycle_end(fact.billing_cycle_anchor, fact.current_period_end, fact.items[0].price.interval)
 
-    def _bill(
-        self, fact: Subscription, lines: Sequence[Line], reason: str, period: tuple[int, int]
-    ) -> Invoice:
+    def _bill(self, fact: Subscription, lines: Sequence[Line], reason: str, period: tuple[int, int]) -> Invoice:
         return self._draft(
             fact.customer,
             lines,

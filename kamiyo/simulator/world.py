@@ -73,9 +73,7 @@ class World(Subscriptions):
         lines = self._prorations(fact, replace(fact, items=items))
         if sum(line.amount for line in lines) <= 0:
             raise ValueError("the change costs nothing, so there is nothing to wait for")
-        pending = PendingUpdate(
-            items=items, invoice=self._id("in_1"), expires_at=self.now + INCOMPLETE_SECONDS
-        )
+        pending = PendingUpdate(items=items, invoice=self._id("in_1"), expires_at=self.now + INCOMPLETE_SECONDS)
         fact = self._change(
             "customer.subscription.updated", fact, pending_update=pending, latest_invoice=pending.invoice
         )

@@ -2,7 +2,6 @@
 
 import base64
 import binascii
-import json
 import struct
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -11,19 +10,22 @@ from functools import cache
 from typing import Annotated, Any, Literal
 
 import asyncpg
-from fastapi import APIRouter, Depends, Header, HTTPException, Query, Request, Response
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+from pydantic import BeforeValidator
 
 from kamiyo import handlers, inbox
 from kamiyo.database import UNAVAILABLE, Connection
 from kamiyo.errors import (
     AdminError,
     DatabaseUnavailable,
+    EventUnknown,
     ReceiveError,
     Unavailable,
 )
-from kamiyo.event import LONGEST_NAME, decode
+from kamiyo.event import LONGEST_NAME
 from kamiyo.inbox import Filters
 from kamiyo.settings import Settings
 from kamiyo.telemetry import happened
@@ -35,11 +37,18 @@ _UNAUTHORIZED: dict[int | str, dict[str, Any]] = {
     401: {"model": models.Detail, "description": "The `X-Admin-Key` header is absent or wrong."},
     503: {"model": models.Detail, "description": "No admin key is configured, or the database is away."},
 }
-_UNKNOWN: dict[int | str, dict[str, Any]] = {
-    404: {"model": models.Detail, "description": "No event has this id."}
-}
+_UNKNOWN: dict[int | str, dict[str, Any]] = {404: {"model": models.Detail, "description": "No event has this id."}}
 
-_NOT_NOW: tuple[type[BaseException], ...] = (*UNAVAILABLE, asyncpg.UndefinedTableError)
+#: PostgreSQL is away, does not let us in, does not know our database, or has not our tables in it yet.
+_NOT_NOW: tuple[type[BaseException], ...] = (
+    *UNAVAILABLE,
+    asyncpg.InvalidAuthorizationSpecificationError,
+    asyncpg.InvalidCatalogNameError,
+    asyncpg.InsufficientPrivilegeError,
+    asyncpg.ObjectNotInPrerequisiteStateError,
+    asyncpg.UndefinedTableError,
+    asyncpg.UndefinedFunctionError,
+)
 
 # What operators see is nobody else's: not a cache's, not a frame's, not another site's.
 _SAFE_HEADERS = {
@@ -52,8 +61,19 @@ _SAFE_HEADERS = {
 
 #: Names come from URLs and go to PostgreSQL's text, which holds no NUL.
 _Name = Annotated[str, Query(max_length=LONGEST_NAME, pattern=r"^[^\x00]+$")]
+
+
+def _no_number(value: Any) -> Any:
+    # Pydantic would take one for unix seconds, so that `since=7`, meant as days, were the year 1970.
+    if isinstance(value, str) and value.strip().lstrip("+-").replace(".", "", 1).isdigit():
+        raise ValueError("Give a date and a time, not a number")
+    return value
+
+
 _Moment = Annotated[
-    datetime, Query(description="RFC 3339, e.g. 2026-11-01T00:00:00Z; UTC where no offset is given.")
+    datetime,
+    BeforeValidator(_no_number),
+    Query(description="RFC 3339, e.g. 2026-11-01T00:00:00Z; UTC where no offset is given."),
 ]
 _Status = Literal["pending", "processing", "processed", "failed"]
 
@@ -111,9 +131,7 @@ def admin_router(current: Callable[[], System | None], settings: Callable[[], Se
         tags=["webhooks"],
         summary="How the webhook system is",
         response_model=models.Health,
-        responses={
-            503: {"model": models.Health, "description": "Unhealthy: no database, or over 20 % failed."}
-        },
+        responses={503: {"model": models.Health, "description": "Unhealthy: no database, or over 20 % failed."}},
     )
     async def health() -> Response:
         """`degraded` when over 10 % of the last 24 hours failed or the oldest due event waits over 5 minutes."""
@@ -125,6 +143,25 @@ def admin_router(current: Callable[[], System | None], settings: Callable[[], Se
         status: str = row["status"]
         word = "operational" if status == "healthy" else "degraded"
         return _health(status, word, row["events_last_24h"], row["failed_events_last_24h"])
+
+    @router.get("/live", tags=["webhooks"], summary="Whether the process answers", response_model=models.Alive)
+    async def live() -> dict[str, str]:
+        """For a supervisor's liveness probe: says nothing of the database, whose absence a restart does not mend."""
+        return {"status": "alive"}
+
+    @router.get(
+        "/ready",
+        tags=["webhooks"],
+        summary="Whether deliveries can be taken",
+        response_model=models.Ready,
+        responses={503: {"model": models.Detail, "description": "No secret is configured, or the database is away."}},
+    )
+    async def ready() -> dict[str, str]:
+        """For a load balancer's readiness probe: unlike `/health`, it does not speak of events that failed."""
+        system().receiver.ready()
+        async with connection() as db:
+            await db.execute("SELECT 1")
+        return {"status": "ready"}
 
     @router.get(
         "/supported-events",
@@ -150,9 +187,7 @@ def admin_router(current: Callable[[], System | None], settings: Callable[[], Se
             rows = await inbox.statistics(db, days)
         return _statistics(rows, days)
 
-    @router.get(
-        "/events", summary="List events", response_model=models.EventPage, responses=_UNAUTHORIZED, **guarded
-    )
+    @router.get("/events", summary="List events", response_model=models.EventPage, responses=_UNAUTHORIZED, **guarded)
     async def list_events(
         status: _Status | None = None,
         type: _Name | None = None,
@@ -165,7 +200,7 @@ def admin_router(current: Callable[[], System | None], settings: Callable[[], Se
         limit: Annotated[int, Query(ge=1, le=500)] = 50,
     ) -> dict[str, Any]:
         """Newest first. Every filter is optional; a page is found by its position, so deep pages cost the same."""
-        filters = Filters(status, type, customer, object_id, account, _utc(since), _utc(until))
+        filters = Filters(status, type, customer, object_id, account, _utc("since", since), _utc("until", until))
         async with connection() as db:
             rows = await inbox.listed(db, filters, before=_position(cursor), limit=limit + 1)
         more, rows = len(rows) > limit, rows[:limit]
@@ -212,7 +247,7 @@ def admin_router(current: Callable[[], System | None], settings: Callable[[], Se
         dry_run: Annotated[bool, Query(description="Only count what would run again.")] = False,
     ) -> dict[str, Any]:
         """By the filters of the list; the failed ones unless `status` says otherwise. Written to the audit."""
-        filters = Filters(status, type, customer, object_id, account, _utc(since), _utc(until))
+        filters = Filters(status, type, customer, object_id, account, _utc("since", since), _utc("until", until))
         async with connection() as db:
             matched = await inbox.count_matching(db, filters, fingerprint)
             replayed = 0 if dry_run else await inbox.replay(db, filters, fingerprint)
@@ -226,16 +261,14 @@ def admin_router(current: Callable[[], System | None], settings: Callable[[], Se
         responses={**_UNAUTHORIZED, **_UNKNOWN},
         **guarded,
     )
-    async def get_event(event_id: str) -> dict[str, Any]:
+    async def get_event(event_id: str) -> Response:
         """Everything that is known of one event."""
         async with connection() as db:
-            row, failures = await inbox.one(db, _clean(event_id))
-        body: bytes | None = row["body"]
-        return {
-            **_summary(row),
-            "payload": _presentable(body) if body is not None else None,
-            "failures": [dict(failure) for failure in failures],
-        }
+            row, failures = await inbox.one(db, _believable(event_id))
+        told = models.EventDetail(
+            **_summary(row), payload=None, failures=[models.Attempt(**failure) for failure in failures]
+        )
+        return _with_payload(told, row["body"])
 
     @router.post(
         "/events/{event_id}/retry",
@@ -251,7 +284,7 @@ def admin_router(current: Callable[[], System | None], settings: Callable[[], Se
     async def retry(event_id: str) -> dict[str, Any]:
         """Puts it back in line, now, with five new tries."""
         async with connection() as db:
-            await inbox.retry(db, _clean(event_id))
+            await inbox.retry(db, _believable(event_id))
         happened("events_retried", count=1, event_id=event_id)
         return {"status": "success", "message": "Event queued for retry", "event_id": event_id}
 
@@ -299,10 +332,7 @@ def _statistics(rows: list[asyncpg.Record], days: int) -> dict[str, Any]:
         }
         for row in rows
     }
-    totals = {
-        name: sum(one[name] for one in by_type.values())
-        for name in ("total", "processed", "failed", "pending")
-    }
+    totals = {name: sum(one[name] for one in by_type.values()) for name in ("total", "processed", "failed", "pending")}
     finished = totals["processed"] + totals["failed"]
     return {
         "status": "success",
@@ -326,23 +356,34 @@ def _account_or_none(values: dict[str, Any]) -> dict[str, Any]:
     return values | {name: values[name] or None for name in ("account", "context") if name in values}
 
 
-def _presentable(body: bytes) -> Any:
-    # What is stored is what was received; a body that no parser takes cannot have been stored.
-    return json.loads(json.dumps(decode(body)))
+def _with_payload(told: models.EventDetail, body: bytes | None) -> Response:
+    # The payload goes in as the text it came as: every JSON that could be stored can be shown, however deep it
+    # is nested, and no number or letter is changed on the way.
+    head = told.model_dump_json(exclude={"payload"}).encode()
+    return Response(
+        head[:-1] + b',"payload":' + (b"null" if body is None else body) + b"}", media_type="application/json"
+    )
 
 
-def _clean(event_id: str) -> str:
-    # No stored id has a NUL, and PostgreSQL would refuse to look for one.
-    return event_id.replace("\0", "")[:LONGEST_NAME]
+def _believable(event_id: str) -> str:
+    # No stored id is like that, and PostgreSQL would refuse to look for one with a NUL.
+    if "\0" in event_id or len(event_id) > LONGEST_NAME:
+        raise EventUnknown
+    return event_id
 
 
-def _utc(moment: datetime | None) -> datetime | None:
+def _utc(name: str, moment: datetime | None) -> datetime | None:
     if moment is None:
         return None
     try:
         return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
     except OverflowError:
-        raise HTTPException(422, "The moment is outside the years 1 to 9999") from None
+        raise _invalid(name, "The moment is outside the years 1 to 9999", moment.isoformat()) from None
+
+
+def _invalid(name: str, message: str, given: str) -> RequestValidationError:
+    """The error FastAPI itself raises for a query parameter, so that there is one shape of 422."""
+    return RequestValidationError([{"type": "value_error", "loc": ("query", name), "msg": message, "input": given}])
 
 
 def _cursor(created_at: datetime, seq: int) -> str:
@@ -357,4 +398,4 @@ def _position(cursor: str | None) -> tuple[datetime, int] | None:
         microseconds, seq = struct.unpack(">qq", base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
         return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=microseconds), seq
     except (binascii.Error, struct.error, ValueError, OverflowError):
-        raise HTTPException(422, "cursor: take it from `next` of the page before") from None
+        raise _invalid("cursor", "Take it from `next` of the page before", cursor) from None

@@ -31,6 +31,18 @@ class Health(BaseModel):
     supported_event_types: int = Field(examples=[10])
 
 
+class Alive(BaseModel):
+    """The process answers."""
+
+    status: Literal["alive"] = "alive"
+
+
+class Ready(BaseModel):
+    """Deliveries can be verified and committed."""
+
+    status: Literal["ready"] = "ready"
+
+
 class SupportedEvents(BaseModel):
     """The event types that change something here."""
 
@@ -46,9 +58,7 @@ class Summary(BaseModel):
     processed: int
     failed: int
     pending: int
-    success_rate: float = Field(
-        description="Percent of the finished events that were processed; 100 without any."
-    )
+    success_rate: float = Field(description="Percent of the finished events that were processed; 100 without any.")
 
 
 class TypeStatistics(BaseModel):
@@ -80,9 +90,7 @@ class EventSummary(BaseModel):
     created_at: datetime = Field(description="When it was committed here.")
     stripe_created: datetime = Field(description="Stripe's `created`, in whole seconds.")
     processed_at: datetime | None
-    next_try_at: datetime | None = Field(
-        description="When it runs next; null when nothing happens by itself."
-    )
+    next_try_at: datetime | None = Field(description="When it runs next; null when nothing happens by itself.")
     attempts: int
     processing_time_ms: float
     object_type: str | None

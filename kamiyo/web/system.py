@@ -72,7 +72,7 @@ async def running(settings: Settings) -> AsyncIterator[System]:
         )
         aside: list[asyncio.Task[None]] = []
         try:
-            with contextlib.suppress(DatabaseUnavailable):
+            with contextlib.suppress(DatabaseUnavailable, *UNAVAILABLE):
                 await _make_ready(system)
             system._tasks = [asyncio.create_task(_serve(system), name="kamiyo")]
             aside = [asyncio.create_task(system.alerts.run(), name="kamiyo alerts")]
@@ -127,8 +127,8 @@ async def _serve(system: System) -> None:
         try:
             await _make_ready(system)
             break
-        except DatabaseUnavailable:
-            happened("database_away", error="DatabaseUnavailable")
+        except (DatabaseUnavailable, *DATABASE_ERRORS) as error:
+            happened("database_away", error=type(error).__name__)
             await asyncio.sleep(1)
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(system.receiver.run())
@@ -139,11 +139,7 @@ async def _serve(system: System) -> None:
 async def _stop(system: System) -> None:
     system.receiver.close()
     system.worker.stop()
-    _, late = (
-        await asyncio.wait(system._tasks, timeout=system.settings.shutdown_grace)
-        if system._tasks
-        else (0, set())
-    )
+    _, late = await asyncio.wait(system._tasks, timeout=system.settings.shutdown_grace) if system._tasks else (0, set())
     if late:
         system.worker.abandon()
         for task in late:

@@ -98,11 +98,7 @@ async def handle(pool: _Pool, event_type: str, obj: dict[str, Any]) -> None:
                 "ON CONFLICT (id) DO UPDATE SET email = excluded.email, name = excluded.name",
                 *(obj["id"], obj["email"], obj["name"]),
             )
-        case (
-            "customer.subscription.created"
-            | "customer.subscription.updated"
-            | "customer.subscription.deleted"
-        ):
+        case "customer.subscription.created" | "customer.subscription.updated" | "customer.subscription.deleted":
             await pool.execute(
                 "INSERT INTO subscriptions VALUES ($1, $2, $3, $4) ON CONFLICT (id) DO UPDATE "
                 "SET status = excluded.status, current_period_end = excluded.current_period_end",

@@ -142,9 +142,7 @@ class Receiver:
         if now.created != before.created:
             return now.created > before.created
         # What still has the values that the other replaced is the older one.
-        still = before.previous and all(
-            now.object.get(name) == value for name, value in before.previous.items()
-        )
+        still = before.previous and all(now.object.get(name) == value for name, value in before.previous.items())
         return not still
 
     def kept(self, subject: dict[str, Any]) -> dict[str, Any]:
@@ -191,8 +189,7 @@ class Receiver:
             status = 500
         content = json.dumps(shown).encode()
         writer.write(
-            f"HTTP/1.1 {status} X\r\nContent-Length: {len(content)}\r\nConnection: close\r\n\r\n".encode()
-            + content
+            f"HTTP/1.1 {status} X\r\nContent-Length: {len(content)}\r\nConnection: close\r\n\r\n".encode() + content
         )
         await writer.drain()
 

@@ -1,0 +1,297 @@
+"""Whatever arrives when, in whatever company, how often and in whatever version: the billing tables end alike.
+
+And they end true, equal to what the simulated Stripe last said of each object, where they say they are decided.
+"""
+
+import json
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import permutations, zip_longest
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kamiyo import inbox, projections, rebuild, ties
+from kamiyo.database import Connection
+from kamiyo.event import Event
+from kamiyo.handlers import Registry
+from kamiyo.inbox import Outcome
+from kamiyo.projections import TABLES, Row
+from kamiyo.receive import ready_to_project
+from kamiyo.simulator import API_VERSIONS, SimulatedEvent, World, deliveries, lifecycle
+from tests.conftest import MakeSettings, event_json, fresh_id
+from tests.turns import NOW, Tables, billing, example, read, work_off, worker_on
+
+Batch = list[Event]
+
+
+@dataclass
+class Lives:
+    """Some customers' lives side by side, each in true order, and the dice for everything else."""
+
+    world: World
+    told: list[list[SimulatedEvent]]
+    rng: random.Random
+
+    @property
+    def events(self) -> list[SimulatedEvent]:
+        return [event for life in self.told for event in life]
+
+    def in_order(self) -> list[Batch]:
+        """Batch by batch the next event of each life: every object sees its events one by one."""
+        return [[self.worded(event) for event in turn if event] for turn in zip_longest(*self.told)]
+
+    def in_disorder(self) -> list[Batch]:
+        """Any order, any duplicates, any versions, any batches."""
+        sent = [self.worded(event) for event in deliveries(self.events, self.rng)]
+        batches = []
+        while sent:
+            size = self.rng.choice((1, 1, 2, 3, 5, 8, 20, 100))
+            batches.append(sent[:size])
+            sent = sent[size:]
+        return batches
+
+    def worded(self, event: SimulatedEvent) -> Event:
+        return read(event.body(self.rng.choice(API_VERSIONS)))
+
+    def truth(self) -> Tables:
+        return {(table, id_): row for table, rows in self.world.truth().items() for id_, row in rows.items()}
+
+
+@st.composite
+def lives(draw: st.DrawFn, *, flips: bool) -> Lives:
+    """Up to twelve lives. With `flips` a second can hold a change and its undoing."""
+    seed, count, steps = draw(st.integers(0, 2**32)), draw(st.integers(1, 12)), draw(st.integers(1, 25))
+    world, rng = World(seed, start=NOW, payments=False), random.Random(seed)
+    return Lives(world, [lifecycle(world, rng, steps=steps, flips=flips) for _ in range(count)], rng)
+
+
+@dataclass
+class Projected:
+    """What a run came to: the tables, and the events that were superseded when they were applied."""
+
+    tables: Tables = field(default_factory=dict)
+    superseded: set[str] = field(default_factory=set)
+
+
+async def projected(db: Connection, batches: Sequence[Batch]) -> Projected:
+    """Store and project batch after batch in one transaction, which is undone again."""
+    result = Projected()
+    transaction = db.transaction()
+    await transaction.start()
+    try:
+        for batch in batches:
+            await inbox.put(db, list({event.id: event for event in batch}.values()))
+            rows = [(event, await _row(db, event)) for event in batch]
+            result.superseded |= await ties.project(db, [(event, row) for event, row in rows if row])
+        result.tables = await billing(db)
+    finally:
+        await transaction.rollback()
+    return result
+
+
+async def _row(db: Connection, event: Event) -> Row | None:
+    received = await db.fetchval("SELECT created_at FROM webhook_events WHERE event_id = $1", event.id)
+    return projections.row_of(event, received)
+
+
+def but_for_the_clock(tables: Tables) -> Tables:
+    """Every column but the one that says when we were told."""
+    return {
+        place: {name: value for name, value in row.items() if name != "last_webhook_updated_at"}
+        for place, row in tables.items()
+    }
+
+
+def untrue(tables: Tables, truth: Tables) -> list[Any]:
+    """Where decided rows say something else than Stripe did last."""
+    assert set(tables) == set(truth)
+    return [
+        (place, name, tables[place][name], value)
+        for place, row in truth.items()
+        for name, value in row.items()
+        if tables[place][name] != value and tables[place]["order_evidence"] == "decided"
+    ]
+
+
+def undecided(tables: Tables) -> list[tuple[str, str]]:
+    return [place for place, row in tables.items() if row["order_evidence"] == "undecided"]
+
+
+# ── The law ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@settings(max_examples=14)
+@given(lives=lives(flips=False))
+async def test_any_order_any_duplicates_any_versions_and_any_batches_end_in_the_truth(
+    lives: Lives, db: Connection
+) -> None:
+    straight = await projected(db, lives.in_order())
+    assert untrue(straight.tables, lives.truth()) == []
+    assert undecided(straight.tables) == []
+    assert straight.superseded == set(), "in order, nothing is late"
+    for _ in range(2):
+        shuffled = await projected(db, lives.in_disorder())
+        assert but_for_the_clock(shuffled.tables) == but_for_the_clock(straight.tables)
+
+
+@settings(max_examples=14)
+@given(lives=lives(flips=True))
+async def test_a_change_and_its_undoing_in_one_second_end_alike_and_nobody_guesses(
+    lives: Lives, db: Connection
+) -> None:
+    straight = await projected(db, lives.in_order())
+    assert untrue(straight.tables, lives.truth()) == []
+    by_object = defaultdict(list)
+    for event in lives.events:
+        by_object[event.object_id].append(event)
+    for _, object_id in undecided(straight.tables):
+        assert _goes_round(by_object[object_id]), "it could have been decided"
+    for _ in range(2):
+        shuffled = await projected(db, lives.in_disorder())
+        assert but_for_the_clock(shuffled.tables) == but_for_the_clock(straight.tables)
+
+
+def _goes_round(told: Sequence[SimulatedEvent]) -> bool:
+    """Whether some second of an object, told in true order, comes back to a state that it had left."""
+    seconds: dict[int, list[Any]] = defaultdict(list)
+    for event in told:
+        row = projections.row_of(read(event.body()), inbox._DAWN)
+        before = projections.row_before(read(event.body()), inbox._DAWN)
+        if row is not None:
+            path = seconds[event.created]
+            path += [one.values for one in (before, row) if one and (not path or path[-1] != one.values)]
+    return any(len(set(path)) < len(path) for path in seconds.values())
+
+
+@settings(max_examples=6)
+@given(lives=lives(flips=False))
+async def test_told_backwards_every_event_but_the_last_state_is_superseded(lives: Lives, db: Connection) -> None:
+    backwards = Lives(lives.world, [list(reversed(life)) for life in lives.told], lives.rng)
+    result = await projected(db, backwards.in_order())
+    for event in lives.events:
+        row = projections.row_of(read(event.body()), inbox._DAWN)
+        if row is None or row.is_stub:
+            continue
+        stands = result.tables[row.table, row.id]
+        told = {**stands, **_as_plain(row)}
+        if told != stands:
+            assert event.id in result.superseded
+        elif row.rank == stands["last_event_rank"]:
+            assert event.id not in result.superseded
+
+
+def _as_plain(row: Row) -> dict[str, Any]:
+    pairs = zip(projections.COLUMNS[row.table], row.values, strict=True)
+    return {name: json.loads(value) if name in ("metadata", "items") else value for name, value in pairs}
+
+
+# ── The same through every door ─────────────────────────────────────────────────────────────────────────────
+
+
+@settings(max_examples=6)
+@given(lives=lives(flips=True), size=st.integers(1, 30))
+async def test_workers_and_arrivals_come_to_what_the_projection_comes_to(
+    lives: Lives, size: int, db: Connection, database_url: str, settings: MakeSettings
+) -> None:
+    expected = but_for_the_clock((await projected(db, lives.in_order())).tables)
+    worker = await worker_on(database_url, settings(KAMIYO_WORKER_BATCH=size))
+    for on_arrival in (0.0, 0.5, 1.0):
+        for batch in lives.in_disorder():
+            new = list({event.id: event for event in batch}.values())
+            if lives.rng.random() < on_arrival:
+                arrivals, rows = ready_to_project(new, Registry())
+                await inbox.put_projected(db, arrivals, rows, microseconds=1)
+            else:
+                await inbox.put(db, new)
+            if lives.rng.random() < 0.3:
+                await worker.run_once(db)
+        await work_off(worker, db)
+
+        tables = await billing(db)
+        assert but_for_the_clock(tables) == expected
+        assert await db.fetchval("SELECT count(*) FROM webhook_events WHERE status <> 'processed'") == 0
+        told_at = {
+            event_id: int(at.timestamp())
+            for event_id, at in await db.fetch("SELECT event_id, created_at FROM webhook_events")
+        }
+        for row in tables.values():
+            assert row["last_webhook_updated_at"] == told_at[row["last_webhook_event_id"]]
+
+        # The tables can be thrown away: what they say is a function of the stored events.
+        await db.execute("UPDATE billing.invoices SET status = 'wrong'")
+        await rebuild.rebuild(db)
+        assert await billing(db) == tables
+        for table in ("webhook_events", "webhook_payloads", *(f"billing.{name}" for name in TABLES)):
+            await db.execute(f"DELETE FROM {table}")  # noqa: S608 - our own names
+
+
+# ── Told one by one ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _ring() -> tuple[str, list[bytes]]:
+    """Created, changed and changed back within one second: only all three together tell which was last."""
+    ada = example("customer", id=fresh_id("cus"), name="Ada")
+    bo = {**ada, "name": "Bo"}
+    return ada["id"], [
+        event_json(fresh_id("evt_m"), "customer.created", ada, created=NOW),
+        event_json(fresh_id("evt_a"), "customer.updated", bo, previous={"name": "Ada"}, created=NOW),
+        event_json(fresh_id("evt_z"), "customer.updated", ada, previous={"name": "Bo"}, created=NOW),
+    ]
+
+
+@pytest.mark.parametrize("door", ["workers", "arrivals"])
+async def test_evidence_that_comes_late_counts_as_if_it_had_come_first(
+    door: str, db: Connection, database_url: str, settings: MakeSettings
+) -> None:
+    worker = await worker_on(database_url, settings())
+    for order in permutations(range(3)):
+        object_id, bodies = _ring()
+        for at in order:
+            event = read(bodies[at])
+            if door == "arrivals":
+                arrivals, rows = ready_to_project([event], Registry())
+                assert arrivals[0].outcome is Outcome.projected
+                await inbox.put_projected(db, arrivals, rows, microseconds=1)
+            else:
+                await inbox.put(db, [event])
+            await work_off(worker, db)
+        [row] = (await billing(db, [object_id])).values()
+        assert (row["name"], row["order_evidence"]) == ("Ada", "decided"), order
+
+
+async def test_an_undecided_row_is_decided_by_the_next_second(
+    db: Connection, database_url: str, settings: MakeSettings
+) -> None:
+    worker = await worker_on(database_url, settings())
+    object_id, [_, there, back] = _ring()
+    await inbox.put(db, [read(there), read(back)])
+    await work_off(worker, db)
+    assert undecided(await billing(db)) == [("customers", object_id)]
+
+    cy = example("customer", id=object_id, name="Cy")
+    await inbox.put(db, [read(event_json(None, "customer.updated", cy, previous={"name": "Ada"}, created=NOW + 1))])
+    await work_off(worker, db)
+    row = (await billing(db))["customers", object_id]
+    assert (row["name"], row["order_evidence"]) == ("Cy", "decided")
+
+
+async def test_events_of_one_second_are_weighed_even_when_another_of_them_waits_or_has_failed(
+    db: Connection, database_url: str, settings: MakeSettings
+) -> None:
+    own = Registry()
+
+    @own.on("customer.updated")
+    async def fails(event: Event, db: Connection) -> None:
+        raise ValueError("not today")
+
+    worker = await worker_on(database_url, settings(), own)
+    object_id, bodies = _ring()
+    await inbox.put(db, [read(body) for body in bodies])
+    await work_off(worker, db)
+    row = (await billing(db))["customers", object_id]
+    assert (row["name"], row["order_evidence"]) == ("Ada", "decided")

@@ -1,0 +1,302 @@
+"""The plans of the queries that run all the time: each has an index, and none reads the whole ledger.
+
+On a ledger of 20,000 events PostgreSQL already chooses what it would choose on ten million. With ten events it
+would rightly read them all, so no other test can see an index go missing.
+"""
+
+import json
+from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import asyncpg
+import pytest
+
+from kamiyo import database, inbox, projections
+from kamiyo.database import Connection, load_queries
+from kamiyo.handlers import Registry
+from kamiyo.inbox import Filters
+from kamiyo.receive import ready_to_project
+from tests.conftest import NewDatabase, event_json, run_apart
+from tests.turns import NOW, example, read
+
+EVENTS = 20_000
+BIG = ("webhook_events", "webhook_payloads", "webhook_failures", "billing")
+
+_SQL = load_queries("inbox.sql")
+
+# A tenth of a percent waits, as much is dead; bodies lie in all nine days that have a table.
+_FILL = f"""
+INSERT INTO webhook_events (
+    event_id, event_type, stripe_created, created_at, lane, object_type, object_id, customer, account,
+    status, outcome, processed_at, next_try_at, failed_at, attempts
+)
+SELECT 'evt_' || n, (ARRAY['invoice.paid', 'customer.updated', 'charge.succeeded', 'payout.paid'])[n % 4 + 1],
+       now() - n * interval '1 second', now() - interval '1 day' + (n % 9) * interval '1 day',
+       n % 5000, 'invoice', 'in_' || n % 10000, 'cus_' || n % 5000,
+       CASE WHEN n % 100 = 0 THEN 'acct_1' ELSE '' END,
+       CASE WHEN n % 1000 = 0 THEN 'pending' WHEN n % 1000 = 1 THEN 'failed' ELSE 'processed' END,
+       CASE WHEN n % 1000 > 1 THEN 'ignored' END, CASE WHEN n % 1000 > 1 THEN now() END,
+       CASE WHEN n % 1000 = 0 THEN now() END, CASE WHEN n % 1000 = 1 THEN now() END, 1
+FROM generate_series(1, {EVENTS}) AS n;
+INSERT INTO webhook_payloads (seq, created_at, body)
+SELECT seq, created_at, convert_to(repeat(event_id, 20), 'UTF8') FROM webhook_events;
+INSERT INTO webhook_failures (event_id, event_type, retry_count, error_type, error_message, fingerprint)
+SELECT event_id, event_type, 5, 'ValueError', 'no', 'f' || seq % 10 FROM webhook_events WHERE seq % 10 = 1;
+INSERT INTO billing.customers (id, livemode, last_webhook_event_id, last_event_rank)
+SELECT 'cus_' || n, false, 'evt_' || n, n FROM generate_series(1, {EVENTS}) AS n;
+"""  # noqa: S608 - a number of our own
+
+
+@pytest.fixture(scope="module")
+def filled(new_database: NewDatabase) -> Iterator[str]:
+    """The address of a database with a ledger of some size, freshly analysed."""
+    url = new_database()
+
+    async def fill() -> None:
+        db = await asyncpg.connect(url)
+        await db.execute(_FILL)
+        await db.execute("VACUUM ANALYZE")
+        await db.close()
+
+    run_apart(fill())
+    yield url
+
+
+@pytest.fixture
+async def ledger(filled: str) -> AsyncIterator[Connection]:
+    """A connection to it, in a transaction that is undone."""
+    db = await database.connect(filled, application="test")
+    transaction = db.transaction()
+    await transaction.start()
+    yield db
+    await transaction.rollback()
+    await db.close()
+
+
+#: PostgreSQL plans a statement for its parameters, or once for all of them. Either must do.
+modes = pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
+
+
+async def plan(db: Connection, sql: str, *values: Any, mode: str) -> list[dict[str, Any]]:
+    """The nodes of the plan that `sql` is run by, and run they are."""
+    await db.execute(f"SET LOCAL plan_cache_mode = {mode}")
+    await db.execute(f"PREPARE asked AS {sql}")
+    try:
+        literals = ", ".join([await db.fetchval("SELECT quote_nullable($1::text)", _text(value)) for value in values])
+        execute = f"EXECUTE asked({literals})" if values else "EXECUTE asked"
+        [root] = json.loads(await db.fetchval(f"EXPLAIN (ANALYZE, FORMAT JSON) {execute}"))
+    finally:
+        await db.execute("DEALLOCATE asked")
+    return list(_nodes(root["Plan"]))
+
+
+def _text(value: Any) -> str | None:
+    if isinstance(value, list):
+        return "{" + ",".join(value) + "}"
+    if isinstance(value, datetime):
+        return value.isoformat()
+    return None if value is None else str(value)
+
+
+def _nodes(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield node
+    for child in node.get("Plans", []):
+        yield from _nodes(child)
+
+
+def scanned(nodes: list[dict[str, Any]]) -> set[str]:
+    """Tables that are read from end to end."""
+    return {
+        node["Relation Name"]
+        for node in nodes
+        if node["Node Type"] == "Seq Scan" and node["Relation Name"].startswith(BIG) and node["Actual Loops"]
+    }
+
+
+def indexes(nodes: list[dict[str, Any]]) -> set[str]:
+    return {node["Index Name"] for node in nodes if "Index Name" in node and node["Actual Loops"]}
+
+
+def partitions(nodes: list[dict[str, Any]]) -> set[str]:
+    """Days of bodies that were looked into."""
+    names = {node["Relation Name"] for node in nodes if "Relation Name" in node and node["Actual Loops"]}
+    return {name for name in names if name.startswith("webhook_payloads")}
+
+
+def rows_read(nodes: list[dict[str, Any]], index: str) -> int:
+    """Rows that came out of an index, those a filter then threw away included."""
+    return sum(
+        (node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) * node["Actual Loops"]
+        for node in nodes
+        if node.get("Index Name") == index
+    )
+
+
+# ── The worker's turn ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@modes
+async def test_the_next_batch_is_found_in_the_index_of_what_is_due(mode: str, ledger: Connection) -> None:
+    nodes = await plan(ledger, _SQL["hold"], 10, mode=mode)
+    assert (scanned(nodes), indexes(nodes)) == (set(), {"webhook_events_due"})
+    assert rows_read(nodes, "webhook_events_due") <= 20
+    await inbox.unlock(ledger)
+
+
+@modes
+async def test_claiming_looks_up_each_event_and_each_body_in_the_day_it_lies_in(mode: str, ledger: Connection) -> None:
+    nodes = await plan(ledger, _SQL["claim"], ["evt_1000", "evt_10000"], 1, mode=mode)
+    assert scanned(nodes) == set()
+    assert "webhook_events_pkey" in indexes(nodes)
+    # 1000 and 10000 lie a whole number of nine days apart.
+    assert len(partitions(nodes)) == 1
+
+
+@modes
+async def test_settling_looks_up_each_event(mode: str, ledger: Connection) -> None:
+    columns = (["evt_1", "evt_2"], ["handled", "ignored"], ["1", "1"], ["10", "10"])
+    nodes = await plan(ledger, _SQL["succeed"], 1, *columns, mode=mode)
+    assert (scanned(nodes), indexes(nodes)) == (set(), {"webhook_events_pkey"})
+    failure = ("ValueError", "no", "", "f00d")
+    nodes = await plan(ledger, _SQL["fail"], "evt_1", 1, 1, 10.0, 10, *failure, mode=mode)
+    assert (scanned(nodes), indexes(nodes)) == (set(), {"webhook_events_pkey"})
+
+
+@modes
+async def test_when_to_look_again_is_read_off_the_index_of_what_is_due(mode: str, ledger: Connection) -> None:
+    nodes = await plan(ledger, _SQL["next_due"], mode=mode)
+    assert (scanned(nodes), indexes(nodes)) == (set(), {"webhook_events_due"})
+    assert rows_read(nodes, "webhook_events_due") == 1
+
+
+@modes
+async def test_the_events_of_one_second_are_found_by_their_object(mode: str, ledger: Connection) -> None:
+    second = await ledger.fetchval(
+        "SELECT extract(epoch FROM stripe_created) FROM webhook_events WHERE event_id = 'evt_7'"
+    )
+    nodes = await plan(ledger, _SQL["of_second"], "in_7", "", False, int(second), mode=mode)
+    assert scanned(nodes) == set()
+    assert "webhook_events_object" in indexes(nodes)
+    assert rows_read(nodes, "webhook_events_object") <= 1
+    assert len(partitions(nodes)) <= 1
+
+
+@modes
+async def test_an_objects_history_is_found_by_its_object(mode: str, ledger: Connection) -> None:
+    nodes = await plan(ledger, _SQL["of_object"], "in_7", "", False, mode=mode)
+    assert scanned(nodes) == set()
+    assert "webhook_events_object" in indexes(nodes)
+    assert rows_read(nodes, "webhook_events_object") == 2
+    assert len(partitions(nodes)) <= 2
+
+
+async def test_storing_and_projecting_reads_no_big_table_from_end_to_end(ledger: Connection) -> None:
+    async def read_through() -> set[str]:
+        found = await ledger.fetch("SELECT relname FROM pg_stat_xact_user_tables WHERE seq_scan > 0")
+        return {name for (name,) in found if name.startswith(BIG) or name == "customers"}
+
+    customers = [example("customer", id=f"cus_{number}") for number in range(20)]
+    for turn in range(8):  # past the five that PostgreSQL plans anew before it settles on a plan
+        bodies = [
+            event_json(f"evt_new_{turn}_{one['id']}", "customer.updated", one, created=NOW + turn) for one in customers
+        ]
+        arrivals, rows = ready_to_project([read(body) for body in bodies], Registry())
+        stored = await inbox.put_projected(ledger, arrivals, rows, microseconds=1)
+        assert (stored.known, stored.left) == ({}, set())
+        await inbox.put(ledger, [read(body.replace(b"evt_new", b"evt_put")) for body in bodies])
+        await projections.write(ledger, rows, force=True)
+    assert await read_through() == set()
+    await ledger.fetch("SELECT max(processing_us) FROM webhook_events")
+    assert await read_through() == {"webhook_events"}, "it would be seen"
+
+
+# ── Looking ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+_SOON = datetime.now(UTC) + timedelta(days=2)
+_LISTS: dict[str, tuple[Filters, tuple[datetime, int] | None, str]] = {
+    "everything": (Filters(), None, "webhook_events_created_at"),
+    "the next page": (Filters(), (_SOON, 100), "webhook_events_created_at"),
+    "failed": (Filters(status="failed"), None, "webhook_events_failed"),
+    "failed, next page": (Filters(status="failed"), (_SOON, 100), "webhook_events_failed"),
+    "pending": (Filters(status="pending"), None, "webhook_events_due"),
+    "processed": (Filters(status="processed"), None, "webhook_events_created_at"),
+    "a type": (Filters(type="invoice.paid"), None, ""),
+    "a type that is rare": (Filters(type="nobody.sends.it"), None, "webhook_events_type"),
+    "a customer": (Filters(customer="cus_7"), None, "webhook_events_customer"),
+    "an object": (Filters(object_id="in_7"), None, "webhook_events_object"),
+    "since": (Filters(since=_SOON), None, "webhook_events_created_at"),
+    "until": (Filters(until=_SOON), None, "webhook_events_created_at"),
+    "an account": (Filters(account="acct_1"), None, "webhook_events_account"),
+    "a failed one of a customer": (Filters(status="failed", customer="cus_1"), None, ""),
+}
+
+
+@pytest.mark.parametrize("filters", _LISTS)
+async def test_the_list_has_an_index_for_each_filter_and_reads_little_more_than_it_shows(
+    filters: str, ledger: Connection
+) -> None:
+    wanted, before, index = _LISTS[filters]
+    nodes = await plan(ledger, _SQL["list"], *wanted.values(), *(before or (None, None)), 20, mode="force_custom_plan")
+    assert scanned(nodes) == set()
+    used = indexes(nodes)
+    assert used == {index} if index else used
+    assert sum(rows_read(nodes, one) for one in used) <= 100
+
+
+@modes
+async def test_the_failed_list_is_read_off_the_index_of_failed_events(mode: str, ledger: Connection) -> None:
+    nodes = await plan(ledger, _SQL["failed"], 10, mode=mode)
+    assert scanned(nodes) == set()
+    assert indexes(nodes) == {"webhook_events_failed", "webhook_failures_event"}
+    assert rows_read(nodes, "webhook_events_failed") <= 11
+
+
+@modes
+async def test_one_event_is_three_look_ups(mode: str, ledger: Connection) -> None:
+    nodes = await plan(ledger, _SQL["event"], "evt_1001", mode=mode)
+    assert scanned(nodes) == set()
+    assert "webhook_events_pkey" in indexes(nodes)
+    assert len(partitions(nodes)) == 1
+    nodes = await plan(ledger, _SQL["failures_of"], "evt_1001", mode=mode)
+    assert (scanned(nodes), indexes(nodes)) == (set(), {"webhook_failures_event"})
+
+
+@modes
+@pytest.mark.parametrize("query", ["health", "queue"])
+async def test_asking_how_things_are_does_not_look_at_the_ledgers_rows(
+    query: str, mode: str, ledger: Connection
+) -> None:
+    nodes = await plan(ledger, _SQL[query], mode=mode)
+    assert scanned(nodes) == set()
+    assert indexes(nodes) & {"webhook_events_due"} == {"webhook_events_due"}
+    assert rows_read(nodes, "webhook_events_due") == 1
+    assert rows_read(nodes, "webhook_events_failed") <= EVENTS // 1000
+
+
+@modes
+async def test_statistics_do_not_touch_the_ledger(mode: str, ledger: Connection) -> None:
+    nodes = await plan(ledger, _SQL["statistics"], 7, mode=mode)
+    assert not {node.get("Relation Name", "") for node in nodes} & {"webhook_events"}
+
+
+# ── By hand ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@modes
+async def test_pruning_starts_at_the_old_end_of_the_ledger(mode: str, ledger: Connection) -> None:
+    nodes = await plan(ledger, _SQL["prune"], datetime.now(UTC), 10, mode=mode)
+    assert not scanned(nodes) & {"webhook_events"}
+    assert "webhook_events_created_at" in indexes(nodes)
+    assert rows_read(nodes, "webhook_events_created_at") <= 20
+
+
+@pytest.mark.parametrize("query", ["count_matching", "replay"])
+async def test_replaying_what_failed_looks_at_nothing_else(query: str, ledger: Connection) -> None:
+    position = (datetime(2000, 1, 1, tzinfo=UTC), 0, 1000) if query == "replay" else ()
+    nodes = await plan(
+        ledger, _SQL[query], *Filters(status="failed").values(), None, *position, mode="force_custom_plan"
+    )
+    assert scanned(nodes) == set()
+    assert "webhook_events_failed" in indexes(nodes)
+    assert rows_read(nodes, "webhook_events_failed") <= EVENTS // 1000

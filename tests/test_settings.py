@@ -1,0 +1,202 @@
+"""Settings: what is taken, what is refused and with which words, and that nothing secret is ever said."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import SecretStr, ValidationError
+
+from kamiyo.errors import SettingsError
+from kamiyo.settings import Environment, Settings, env_example, load_settings
+from tests.conftest import ROOT
+
+VARIABLES = {str(field.validation_alias): name for name, field in Settings.model_fields.items()}
+GUIDE = ("STRIPE_WEBHOOK_SECRET", "ADMIN_API_KEY", "STRIPE_SECRET_KEY", "STRIPE_PUBLISHABLE_KEY")
+
+
+@pytest.fixture(autouse=True)
+def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No story here sees the .env of whoever runs it."""
+    monkeypatch.chdir(tmp_path)
+
+
+# ── Where values come from ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_everything_has_a_default_so_that_a_start_needs_no_settings() -> None:
+    settings = load_settings()
+    assert settings.webhook_secrets == ()
+    assert not settings.admin_api_key.get_secret_value()
+    assert settings.database_url is None
+    assert settings.environment is Environment.production
+    assert (settings.host, settings.port) == ("127.0.0.1", 8000)
+    assert (settings.signature_tolerance, settings.max_body_bytes) == (300, 1_048_576)
+
+
+def test_the_guides_env_file_is_read_as_printed(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text(
+        "# Stripe Webhook Secret (CRITICAL!)\n"
+        "# Get this from Stripe Dashboard or Stripe CLI\n"
+        "STRIPE_WEBHOOK_SECRET=whsec_abc\n\n"
+        "ADMIN_API_KEY=your_secure_admin_key_here\n\n"
+        "STRIPE_SECRET_KEY=sk_test_1 \n"
+        "STRIPE_PUBLISHABLE_KEY='pk_test_1'\n"
+        "SOMETHING_ELSE=of the same application\n"
+    )
+    settings = load_settings()
+    assert settings.webhook_secrets == ("whsec_abc",)
+    assert settings.admin_api_key.get_secret_value() == "your_secure_admin_key_here"
+    assert settings.stripe_secret_key.get_secret_value() == "sk_test_1"
+    assert settings.stripe_publishable_key == "pk_test_1"
+
+
+def test_the_environment_wins_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".env").write_text("PORT=1111\nHOST=::\n")
+    monkeypatch.setenv("PORT", "2222")
+    settings = load_settings()
+    assert (settings.host, settings.port) == ("::", 2222)
+    assert load_settings(PORT=3333).port == 3333
+
+
+@given(st.lists(st.from_regex(r"\A[!-+\--~]{1,40}\Z"), max_size=5), st.sampled_from([",", " , ", ",,", ",\t"]))
+def test_several_secrets_are_separated_by_commas_and_blanks_around_them_do_not_count(
+    secrets: list[str], comma: str
+) -> None:
+    assert load_settings(STRIPE_WEBHOOK_SECRET=f" {comma.join(secrets)},").webhook_secrets == tuple(secrets)
+
+
+@pytest.mark.parametrize("blank", ["", " ", ",", " , ,"])
+def test_a_blank_secret_is_no_secret(blank: str) -> None:
+    assert load_settings(STRIPE_WEBHOOK_SECRET=blank).webhook_secrets == ()
+
+
+@pytest.mark.parametrize("url", ["postgresql://u:p@h:5432/d", "postgres://u@h/d", "postgresql:///d?host=/run/pg"])
+def test_a_postgresql_address_is_taken_and_an_empty_one_means_the_embedded_server(url: str) -> None:
+    settings = load_settings(DATABASE_URL=url)
+    assert settings.database_url is not None
+    assert settings.database_url.get_secret_value() == url
+    assert load_settings(DATABASE_URL="").database_url is None
+
+
+def test_settings_cannot_be_changed_once_they_are_read() -> None:
+    with pytest.raises(ValidationError):
+        load_settings().port = 1  # type: ignore[misc]  # the very thing that must not work
+
+
+# ── What is refused, and how ──────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("KAMIYO_SIGNATURE_TOLERANCE", "0"),
+        ("KAMIYO_SIGNATURE_TOLERANCE", "-300"),
+        ("DATABASE_URL", "mysql://u:hunter2@h/d"),
+        ("DATABASE_URL", "hunter2"),
+        ("PORT", "0"),
+        ("PORT", "65536"),
+        ("PORT", "http"),
+        ("KAMIYO_ENV", "staging"),
+        ("KAMIYO_WORKER", "maybe"),
+        ("KAMIYO_WORKER_BATCH", "0"),
+        ("KAMIYO_POOL_SIZE", "3"),
+        ("KAMIYO_MAX_BODY_BYTES", "10"),
+        ("KAMIYO_HANDLER_TIMEOUT", "0"),
+        ("KAMIYO_HANDLER_TIMEOUT", "nan"),
+        ("KAMIYO_FIRST_RETRY_DELAY", "0"),
+        ("KAMIYO_FIRST_RETRY_DELAY", "inf"),
+        ("KAMIYO_COMMIT_TIMEOUT", "0"),
+        ("KAMIYO_LOG_LEVEL", "loud"),
+        ("KAMIYO_LOG_FORMAT", "xml"),
+    ],
+)
+def test_a_value_that_cannot_work_is_refused_with_the_name_and_what_it_takes(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(SettingsError) as caught:
+        load_settings()
+    sentence = str(caught.value)
+    description = Settings.model_fields[VARIABLES[variable]].description
+    assert description
+    assert sentence.startswith(f"{variable}: ")
+    assert sentence.endswith(description)
+    assert "hunter2" not in sentence
+    assert len(sentence.splitlines()) == 1
+
+
+def test_every_wrong_variable_is_named_at_once() -> None:
+    with pytest.raises(SettingsError) as caught:
+        load_settings(PORT="x", KAMIYO_ENV="y", DATABASE_URL="z")
+    assert [line.split(":")[0] for line in str(caught.value).splitlines()] == [
+        "DATABASE_URL",
+        "KAMIYO_ENV",
+        "PORT",
+    ]
+
+
+# ── What is secret stays secret ───────────────────────────────────────────────────────────────────────────
+
+
+def test_no_secret_shows_when_settings_are_printed() -> None:
+    settings = load_settings(
+        STRIPE_WEBHOOK_SECRET="whsec_hunter2",
+        ADMIN_API_KEY="hunter2",
+        STRIPE_SECRET_KEY="sk_live_hunter2",
+        DATABASE_URL="postgresql://kamiyo:hunter2@h/d",
+    )
+    assert "hunter2" not in f"{settings!r}{settings}{settings.model_dump()}{settings.model_dump_json()}"
+
+
+def test_whatever_is_secret_by_name_is_secret_by_type() -> None:
+    for name, field in Settings.model_fields.items():
+        secret = bool(re.search(r"secret|api_key|(database|alert|hook)_urls?$", name))
+        assert secret == (SecretStr in (field.annotation, *getattr(field.annotation, "__args__", ()))), name
+
+
+# ── The file that explains them ───────────────────────────────────────────────────────────────────────────
+
+
+def test_the_example_file_names_every_variable_with_its_default_and_none_of_them_takes_effect(
+    tmp_path: Path,
+) -> None:
+    text = env_example()
+    for variable in VARIABLES:
+        assert len(re.findall(rf"^# {variable}=", text, re.MULTILINE)) == 1
+    assert all(line.startswith("#") for line in text.splitlines() if line)
+    (tmp_path / ".env").write_text(text, encoding="utf-8")
+    assert load_settings() == Settings(**{"_env_file": None})
+
+
+def test_the_example_files_defaults_are_taken_when_they_are_uncommented(tmp_path: Path) -> None:
+    text = re.sub(r"^# (?=[A-Z_]+=)", "", env_example(), flags=re.MULTILINE)
+    assert set(VARIABLES) == set(re.findall(r"^([A-Z_]+)=", text, re.MULTILINE))
+    (tmp_path / ".env").write_text(text, encoding="utf-8")
+    assert load_settings() == Settings(**{"_env_file": None})
+
+
+def test_the_example_file_in_the_repository_is_the_one_this_code_writes() -> None:
+    written = subprocess.run(
+        [sys.executable, "-m", "kamiyo.settings"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONUTF8": "1"},
+        capture_output=True,
+        encoding="utf-8",
+        check=True,
+    ).stdout
+    assert (ROOT / ".env.example").read_text(encoding="utf-8") == written
+
+
+def test_every_setting_says_what_it_is_and_the_guides_four_keep_their_names() -> None:
+    assert set(GUIDE) <= set(VARIABLES)
+    for name, field in Settings.model_fields.items():
+        assert field.description and len(field.description) > 20, name
+
+
+def test_handler_modules_are_named_with_commas_and_not_imported_by_reading_them() -> None:
+    assert load_settings(KAMIYO_HANDLERS=" a.b , c,").handler_modules == ("a.b", "c")
