@@ -1,6 +1,7 @@
 """Kamiyo Webhooks: Stripe's events in, true billing tables out.
 
-What user code needs: `on` to register a handler, `Retry` and `Bury` to answer with, `Event` and `Connection` to type it.
+What user code needs: `on` to register a handler, `Retry` and `Bury` to answer with, `Event` and `Connection` to
+type it.
 """
 
 from kamiyo.database import Connection

@@ -71,6 +71,9 @@ async def open_pool(url: str, *, size: int, application: str, idle_limit: float)
         # Shorter than the limit below, so that the pool is not surprised by it.
         max_inactive_connection_lifetime=min(30.0, idle_limit / 2),
         timeout=5,
+        # And our end gives up when the other has: a route that is lost ends no connection, and an answer that never
+        # comes would be waited for without end.
+        command_timeout=idle_limit,
         server_settings={
             "application_name": application,
             "timezone": "UTC",
@@ -90,7 +93,7 @@ async def connect(url: str, *, application: str) -> "asyncpg.Connection[asyncpg.
         )
     except _CANNOT_CONNECT as error:
         raise DatabaseUnavailable(
-            f"Cannot connect to PostgreSQL: {type(error).__name__}: {error}. Check DATABASE_URL, and that the server runs."
+            f"Cannot connect to PostgreSQL: {type(error).__name__}: {error}. Check DATABASE_URL and the server."
         ) from error
 
 
@@ -139,7 +142,7 @@ async def require_migrations(db: Connection) -> None:
 
 @contextlib.asynccontextmanager
 async def listening(url: str, heard: Callable[[], None]) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
-    """Call `heard()` for every notice on CHANNEL, while the block runs. The connection's end is the caller's to watch."""
+    """Call `heard()` for every notice on CHANNEL while the block runs. Whether it lasts is the caller's to watch."""
     db = await connect(url, application="kamiyo listener")
 
     def on_notice(*_: Any) -> None:

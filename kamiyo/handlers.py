@@ -132,7 +132,13 @@ def load(modules: Iterable[str]) -> None:
             raise SettingsError(f"KAMIYO_HANDLERS: cannot import {module}: {type(error).__name__}: {error}") from error
 
 
-async def run(db: Connection, event: Event, handlers: Iterable[Handler], *, timeout: float) -> None:
+async def run(
+    db: Connection,
+    event: Event,
+    handlers: Iterable[Handler],
+    *,
+    timeout: float,  # noqa: ASYNC109 - the limit is each handler's, not the call's
+) -> None:
     """Run `handlers` one after another in the caller's transaction.
 
     Raises whatever a handler raises, and HandlerTimeout when one takes longer than `timeout` seconds.

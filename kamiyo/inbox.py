@@ -115,7 +115,7 @@ async def put(db: Connection, events: Sequence[Event], *, source: str = "webhook
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A new event, and what processing it comes to if its billing row is all it needs; None leaves it to the workers."""
+    """A new event, and what it comes to if its billing row is all it needs; None leaves it to the workers."""
 
     event: Event
     outcome: Outcome | None

@@ -47,7 +47,7 @@ Place = tuple[str, _Key]
 
 
 class ProjectionError(KamiyoError):
-    """The object in the event does not have the shape Stripe documents; the message says which field, never its value."""
+    """The object does not have the shape Stripe documents; the message says which field, never its value."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -160,9 +160,11 @@ SELECT pg_advisory_xact_lock(118038671810930);
 LOCK TABLE billing.customers, billing.subscriptions, billing.invoices, billing.payment_methods IN EXCLUSIVE MODE;
 
 -- name: forget_customers
--- The rows that can be made again: their last event is still here, with its body.
+-- The rows that can be made again: their last event is still here, with its body. Not those that a stub made (its
+-- rank is terminal, and even): what it kept may be from events that are gone. Where they are not, it is merged anew.
 DELETE FROM billing.customers AS b USING webhook_events AS e
 WHERE e.event_id = b.last_webhook_event_id
+  AND NOT (b.last_event_rank >= (1::bigint << 56) AND b.last_event_rank & 1 = 0)
   AND EXISTS (SELECT FROM webhook_payloads AS p WHERE p.seq = e.seq AND p.created_at = e.created_at);
 
 -- name: forget_subscriptions

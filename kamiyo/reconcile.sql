@@ -15,6 +15,3 @@ SELECT event_id FROM webhook_tombstones WHERE event_id = ANY ($1::text[]);
 
 -- name: finish
 UPDATE webhook_reconciliation SET compared_to = to_timestamp($1), finished_at = now(), missed = $2;
-
--- name: standing
-SELECT compared_to, finished_at, missed FROM webhook_reconciliation;

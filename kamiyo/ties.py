@@ -213,7 +213,7 @@ def _later_than_all(candidates: Sequence[Observation]) -> tuple[Any, ...] | None
 
 @dataclass(frozen=True, slots=True)
 class _Look:
-    """What an event shows of its object, and what it says it replaced. Columns, which no API version words its own way."""
+    """What an event shows of its object, and what it says it replaced, in columns: no API version words those."""
 
     now: dict[str, Any]
     replaced: dict[str, Any]

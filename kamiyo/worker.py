@@ -282,7 +282,11 @@ class Worker:
         began = time.perf_counter()
         event = replace(trial.event, superseded=trial.superseded, attempt=trial.attempt)
         try:
-            await handlers.run(db, event, wanted, timeout=self.settings.handler_timeout)
+            for at, handler in enumerate(wanted):
+                if at:
+                    # PostgreSQL ends a session that is silent for longer than one handler may be.
+                    await db.execute("SELECT 1")
+                await handlers.run(db, event, [handler], timeout=self.settings.handler_timeout)
             trial.outcome = Outcome.handled
         except (Exception, SystemExit, asyncio.CancelledError) as error:
             # Raised by the handler, it is an error like any other; sent to this task, it means to stop.

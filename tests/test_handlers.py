@@ -46,8 +46,9 @@ def noting(notes: list[str], name: str) -> Handler:
 
 
 def test_what_user_code_needs_is_at_the_top_of_the_package() -> None:
-    assert set(kamiyo.__all__) == {"Bury", "Event", "Retry", "on"}
-    assert (kamiyo.on, kamiyo.Retry, kamiyo.Bury, kamiyo.Event) == (handlers.on, Retry, Bury, Event)
+    assert set(kamiyo.__all__) == {"Bury", "Connection", "Event", "Retry", "on"}
+    assert (kamiyo.on, kamiyo.Retry, kamiyo.Bury) == (handlers.on, Retry, Bury)
+    assert (kamiyo.Event, kamiyo.Connection) == (Event, Connection)
 
 
 def test_handlers_of_a_type_keep_the_order_they_were_registered_in() -> None:

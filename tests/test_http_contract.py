@@ -434,6 +434,37 @@ async def test_an_event_that_waits_for_its_next_try_is_not_late(
     assert (await quiet_client.get(f"{PREFIX}/health")).json()["status"] == "healthy"
 
 
+# ── GET /live and /ready ────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_process_is_ready_while_it_can_verify_and_commit(
+    quiet_client: httpx.AsyncClient, db: Connection
+) -> None:
+    # Even when everything fails: another process would not do better, and Stripe's deliveries must come in.
+    await put(db, status="failed")
+    answer = await quiet_client.get(f"{PREFIX}/ready")
+    assert (answer.status_code, answer.json()) == (200, {"status": "ready"})
+    assert (await quiet_client.get(f"{PREFIX}/live")).json() == {"status": "alive"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"STRIPE_WEBHOOK_SECRET": ""}, "Webhook secret not configured"),
+        ({"DATABASE_URL": "postgresql://nobody@/nothing?host=/nonexistent"}, "Database unavailable"),
+    ],
+    ids=["no secret", "no database"],
+)
+async def test_a_process_that_cannot_take_deliveries_is_alive_and_not_ready(
+    changes: dict[str, str], said: str, database_url: str, settings: MakeSettings
+) -> None:
+    app = create_app(settings(KAMIYO_WORKER=False, KAMIYO_SHUTDOWN_GRACE=0.1, **changes))
+    async with running_client(app) as client:
+        answer = await client.get(f"{PREFIX}/ready")
+        assert (answer.status_code, answer.json()) == (503, {"detail": said})
+        assert (await client.get(f"{PREFIX}/live")).status_code == 200
+
+
 # ── GET /supported-events ─────────────────────────────────────────────────────────────────────────────────
 
 
@@ -624,6 +655,7 @@ async def test_pages_show_every_event_once_even_when_more_arrive_meanwhile(
         {"since": "yesterday"},
         {"since": "7"},
         {"until": "-0.5"},
+        {"until": "2.3e-8"},
         {"since": "0001-01-01T00:00:00+10:00"},
         {"cursor": "nonsense"},
         {"cursor": "é"},
@@ -935,7 +967,10 @@ async def test_while_no_key_is_set_the_door_is_shut_and_not_open(
 
 async def test_every_operators_call_is_guarded(quiet_client: httpx.AsyncClient) -> None:
     paths = (await quiet_client.get("/openapi.json")).json()["paths"]
-    open_to_all = {f"{PREFIX}/stripe", f"{PREFIX}/health", f"{PREFIX}/supported-events", "/metrics"}
+    open_to_all = {
+        *(f"{PREFIX}/{name}" for name in ("stripe", "health", "live", "ready", "supported-events")),
+        "/metrics",
+    }
     guarded = {
         (method.upper(), path)
         for path, methods in paths.items()
@@ -1009,6 +1044,8 @@ async def test_the_documentation_has_the_summary_the_models_and_the_errors_of_ev
     errors = {
         f"{PREFIX}/stripe": {"400", "408", "413", "503"},
         f"{PREFIX}/health": {"503"},
+        f"{PREFIX}/ready": {"503"},
+        f"{PREFIX}/live": set(),
         f"{PREFIX}/events/{{event_id}}": {"401", "404", "503"},
         f"{PREFIX}/events/{{event_id}}/retry": {"401", "404", "409", "503"},
         f"{PREFIX}/supported-events": set(),

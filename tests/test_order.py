@@ -8,6 +8,7 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from itertools import permutations, zip_longest
 from typing import Any
 
@@ -295,3 +296,21 @@ async def test_events_of_one_second_are_weighed_even_when_another_of_them_waits_
     await work_off(worker, db)
     row = (await billing(db))["customers", object_id]
     assert (row["name"], row["order_evidence"]) == ("Ada", "decided")
+
+
+async def test_a_rebuild_keeps_what_only_the_row_still_remembers_of_a_deleted_customer(
+    db: Connection, database_url: str, settings: MakeSettings
+) -> None:
+    worker = await worker_on(database_url, settings())
+    ada = example("customer", id="cus_1", name="Ada")
+    gone = example("deleted_customer", id="cus_1")
+    for turn, (kind, shown) in enumerate((("customer.created", ada), ("customer.deleted", gone))):
+        await inbox.put(db, [read(event_json(None, kind, shown, created=NOW + turn))])
+        await work_off(worker, db)
+        if kind == "customer.created":
+            assert await inbox.prune(db, datetime.now(UTC)) == 1
+    before = await billing(db)
+    assert before["customers", "cus_1"]["name"] == "Ada"
+
+    assert await rebuild.rebuild(db) == 1
+    assert await billing(db) == before

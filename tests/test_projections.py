@@ -24,7 +24,9 @@ RECEIVED = datetime(2026, 9, 21, tzinfo=UTC)
 
 
 @pytest.fixture
-async def worker(database_url: str, settings: MakeSettings) -> Worker:
+async def worker(database_url: str, settings: MakeSettings, monkeypatch: pytest.MonkeyPatch) -> Worker:
+    # No turn is cut short only because this machine is busy.
+    monkeypatch.setattr("kamiyo.worker._TURN_SECONDS", 60.0)
     return await worker_on(database_url, settings())
 
 
@@ -430,6 +432,11 @@ async def test_a_detached_payment_method_has_no_customer_in_every_order(db: Conn
 
     for row in await _deliver_in_every_order(db, worker, life):
         assert (row["customer"], row["detached_at"], row["exp_year"]) == (None, NOW, 2035)
+
+
+def test_a_detached_payment_method_has_no_customer_even_where_the_event_still_shows_one() -> None:
+    row = columns(event_json("e", "payment_method.detached", payment_method(customer="cus_1"), created=NOW))
+    assert (row["customer"], row["detached_at"]) == (None, NOW)
 
 
 async def test_a_deleted_draft_stays_deleted_in_every_order(db: Connection, worker: Worker) -> None:

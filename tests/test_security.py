@@ -32,7 +32,7 @@ from tests.conftest import (
     deliver,
     event_json,
     fresh_id,
-    rows_anywhere,
+    rows_written,
     running_client,
     settled,
     signed,
@@ -152,7 +152,7 @@ async def test_the_forged_the_replayed_and_the_oversized_write_nothing(
 ) -> None:
     body = event_json(None, "customer.created", customer())
     now = int(time.time())
-    before = await rows_anywhere(db)
+    before = await rows_written(db)
     forged = {"Stripe-Signature": sign(body, "whsec_another", now)}
     altered = {"Stripe-Signature": sign(body + b" ", SECRET, now)}
     replayed = {"Stripe-Signature": sign(body, SECRET, now - 301)}
@@ -161,7 +161,7 @@ async def test_the_forged_the_replayed_and_the_oversized_write_nothing(
         assert (await client.post(f"{PREFIX}/stripe", content=body, headers=headers)).status_code == 400
     long = body + b" " * 1_048_577
     assert (await client.post(f"{PREFIX}/stripe", content=long, headers=signed(long))).status_code == 413
-    assert await rows_anywhere(db) == before
+    assert await rows_written(db) == before
 
 
 async def test_wrong_admin_keys_are_answered_later_each_time_and_the_right_one_never(

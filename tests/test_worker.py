@@ -36,6 +36,7 @@ MakeWorker = Callable[..., Awaitable[Worker]]
 @pytest.fixture
 async def shop(db: Connection) -> AsyncIterator[Connection]:
     """The host application's own tables: what handlers did, once for each time they did it."""
+    await db.execute("DROP SCHEMA IF EXISTS shop CASCADE")
     await db.execute("CREATE SCHEMA shop; CREATE TABLE shop.effects (id bigserial, event_id text, txid bigint)")
     yield db
     await db.execute("DROP SCHEMA shop CASCADE")
@@ -47,8 +48,12 @@ def own() -> Registry:
 
 
 @pytest.fixture
-def make_worker(database_url: str, settings: MakeSettings, own: Registry) -> MakeWorker:
+def make_worker(
+    database_url: str, settings: MakeSettings, own: Registry, monkeypatch: pytest.MonkeyPatch
+) -> MakeWorker:
     """`await make_worker(KAMIYO_WORKER_BATCH=5)`: a worker with the handlers of `own`."""
+    # No turn is cut short only because this machine is busy.
+    monkeypatch.setattr("kamiyo.worker._TURN_SECONDS", 60.0)
 
     async def make(**changes: object) -> Worker:
         return await worker_on(database_url, settings(**changes), own)
@@ -178,6 +183,23 @@ async def test_two_handlers_of_one_event_leave_both_effects_or_none(
     await due_now(shop)
     await worker.run_once(shop)
     assert await effects(shop) == {"evt_1": 2}
+
+
+async def test_a_second_handler_may_take_as_long_as_the_first_before_the_session_counts_as_idle(
+    db: Connection, other: Connection, own: Registry, make_worker: MakeWorker
+) -> None:
+    # PostgreSQL ends a session that has been silent for longer than a handler may take, and a margin.
+    await other.execute("SET idle_in_transaction_session_timeout = '1s'")
+
+    for _ in range(3):
+
+        @own.on("invoice.paid")
+        async def calls_somebody(event: Event, db: Connection) -> None:
+            await asyncio.sleep(0.5)
+
+    await put(db, of("cus_1", "evt_1"))
+    await (await make_worker()).run_once(other)
+    assert await statuses(db) == {"evt_1": "processed"}
 
 
 async def test_a_transaction_holds_no_more_savepoints_than_postgresql_keeps_in_memory(
@@ -554,6 +576,31 @@ async def test_a_slow_type_lets_the_other_customers_of_its_batch_go_first(
         assert await worker.run_once(shop) == 2
         worker._slow.discard("invoice.voided")  # on a busy machine anything is slow
     assert seen == {"evt_slow_1": set(), "evt_slow_2": {"evt_quick_1", "evt_quick_2"}}
+
+
+async def test_a_turn_that_has_taken_its_time_gives_the_rest_back_untried_and_in_order(
+    shop: Connection, own: Registry, make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handled: dict[str | None, list[int]] = defaultdict(list)
+    own.on("invoice.paid")(leave_effect)
+
+    @own.on("invoice.paid")
+    async def handler(event: Event, db: Connection) -> None:
+        handled[event.customer].append(event.created)
+
+    for number in range(MOST_HANDLED_TOGETHER + 13):
+        await put(shop, of(f"cus_{number % 3}", f"evt_{number}", created=NOW + number))
+    worker = await make_worker()
+    monkeypatch.setattr("kamiyo.worker._TURN_SECONDS", 0.0)
+    worker._pace = 0.0  # nothing is known yet of how long events take, so a whole batch is claimed
+
+    assert await worker.run_once(shop) == MOST_HANDLED_TOGETHER + 13
+    assert Counter((await statuses(shop)).values()) == {"processed": 1, "pending": MOST_HANDLED_TOGETHER + 12}
+
+    await work_off(worker, shop)
+    assert set((await effects(shop)).values()) == {1}
+    assert all(seconds == sorted(seconds) for seconds in handled.values())
+    assert await shop.fetchval("SELECT max(attempts) FROM webhook_events") == 1
 
 
 # ── Claims that are lost, workers that die ──────────────────────────────────────────────────────────────────

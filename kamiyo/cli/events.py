@@ -179,8 +179,8 @@ def reconcile(
         console.print("another process is comparing just now")
     else:
         console.print(
-            f"{done.looked_at} events compared: {done.added} were not here and are now, {done.missed} of them of a type "
-            "that should have been delivered",
+            f"{done.looked_at} events compared: {done.added} were not here and are now, {done.missed} of them of a "
+            "type that should have been delivered",
             highlight=False,
         )
 

@@ -112,8 +112,11 @@ def _stop_quietly() -> None:
     signal.signal(signal.SIGINT, nothing)
 
 
+_HERE = ("127.0.0.1", "0.0.0.0")  # noqa: S104 - compared with, not bound to
+
+
 def _greet(settings: Settings, made: list[str]) -> None:
-    address = f"http://{'localhost' if settings.host in ('127.0.0.1', '0.0.0.0') else settings.host}:{settings.port}"
+    address = f"http://{'localhost' if settings.host in _HERE else settings.host}:{settings.port}"
     kept = settings.database_url is None
     say = console.print
     say(f"\n[bold]Kamiyo is listening[/] on {address}/api/v1/webhooks/stripe", highlight=False)

@@ -63,13 +63,14 @@ def trigger(
 
 def _events(event_type: str | None, story: str | None, seed: int | None, only: bool) -> list[SimulatedEvent]:
     # Ids need to differ between calls, not to be unpredictable.
-    chosen = random.randrange(2**48) if seed is None else seed
+    chosen = random.randrange(2**48) if seed is None else seed  # noqa: S311 - see above
     now = int(time.time())
     if story is not None:
         if story not in simulator.STORIES:
             raise typer.BadParameter(f"known stories: {', '.join(simulator.STORIES)}")
         return list(simulator.STORIES[story](simulator.World(chosen, start=now)))
-    assert event_type is not None
+    if event_type is None:
+        raise typer.BadParameter("give an event type, or --story NAME")
     try:
         events = simulator.single(event_type, seed=chosen, now=now)
     except ValueError as error:

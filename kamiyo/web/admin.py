@@ -65,9 +65,11 @@ _Name = Annotated[str, Query(max_length=LONGEST_NAME, pattern=r"^[^\x00]+$")]
 
 def _no_number(value: Any) -> Any:
     # Pydantic would take one for unix seconds, so that `since=7`, meant as days, were the year 1970.
-    if isinstance(value, str) and value.strip().lstrip("+-").replace(".", "", 1).isdigit():
-        raise ValueError("Give a date and a time, not a number")
-    return value
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return value
+    raise ValueError("Give a date and a time, not a number")
 
 
 _Moment = Annotated[

@@ -12,6 +12,7 @@ from kamiyo import __version__, telemetry
 from kamiyo.settings import Settings, load_settings
 from kamiyo.web import models
 from kamiyo.web.admin import admin_router
+from kamiyo.web.dashboard import Dashboard, create_dashboard
 from kamiyo.web.system import System, running
 from kamiyo.web.webhooks import Receive, Scope, Send, StripeEndpoint
 
@@ -43,7 +44,7 @@ class _Api(FastAPI):
             await super().__call__(scope, receive, send)
 
 
-def _router(settings: Settings | None) -> tuple[APIRouter, StripeEndpoint]:
+def _router(settings: Settings | None) -> tuple[APIRouter, StripeEndpoint, Dashboard]:
     current: System | None = None
 
     @cache
@@ -53,23 +54,23 @@ def _router(settings: Settings | None) -> tuple[APIRouter, StripeEndpoint]:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         nonlocal current
-        async with running(effective()) as system:
+        async with running(effective()) as system, dashboard.running(system):
             current = system
             try:
                 yield
             finally:
                 current = None
 
+    dashboard = create_dashboard(lambda: current, effective)
     router = APIRouter(lifespan=lifespan)
     endpoint = StripeEndpoint(lambda: current)
     # The first route that matches answers; the documented one below it is for `/docs`.
     router.routes.append(Route(STRIPE_PATH, endpoint, methods=["POST"], include_in_schema=False))
     _document(router)
     router.include_router(admin_router(lambda: current, effective), prefix=PREFIX)
+    router.routes.extend(dashboard.routes(f"{PREFIX}/dashboard"))
 
-    @router.get(
-        "/metrics", tags=["webhooks"], summary="Metrics for Prometheus", response_class=PlainTextResponse
-    )
+    @router.get("/metrics", tags=["webhooks"], summary="Metrics for Prometheus", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Prometheus' text format; the counts of all processes of this server."""
         if not effective().metrics:
@@ -79,14 +80,15 @@ def _router(settings: Settings | None) -> tuple[APIRouter, StripeEndpoint]:
         page, content_type = telemetry.exposition()
         return Response(page, media_type=content_type)
 
-    return router, endpoint
+    return router, endpoint, dashboard
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
     """The Kamiyo API: the router in an application of its own."""
     app = _Api(title="Kamiyo API", description=_ABOUT, version=__version__)
-    router, app.stripe = _router(settings)
+    router, app.stripe, dashboard = _router(settings)
     app.include_router(router)
+    app.router.routes.extend(dashboard.routes("/dashboard"))
 
     @app.get("/", include_in_schema=False)
     async def where_to_look() -> dict[str, str]:
@@ -113,6 +115,7 @@ def _document(router: APIRouter) -> None:
                 "model": models.Detail,
                 "description": "`Missing Stripe signature header`, `Invalid signature`, or `Invalid payload`.",
             },
+            408: {"model": models.Detail, "description": "`Request body came too slowly`: over 15 seconds."},
             413: {"model": models.Detail, "description": "`Payload too large`: over KAMIYO_MAX_BODY_BYTES."},
             503: {
                 "model": models.Detail,

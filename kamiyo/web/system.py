@@ -9,8 +9,6 @@ import random
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
-import asyncpg
-
 from kamiyo import database, handlers, inbox, telemetry
 from kamiyo.alerts import Alerts
 from kamiyo.database import DATABASE_ERRORS, UNAVAILABLE, Pool
@@ -77,7 +75,7 @@ async def running(settings: Settings) -> AsyncIterator[System]:
             system._tasks = [asyncio.create_task(_serve(system), name="kamiyo")]
             aside = [asyncio.create_task(system.alerts.run(), name="kamiyo alerts")]
             if settings.worker and settings.reconcile and settings.stripe_secret_key.get_secret_value():
-                comparing = keep_reconciling(pool, StripeApi(pool, settings), random.Random())
+                comparing = keep_reconciling(pool, StripeApi(pool, settings), random.Random())  # noqa: S311 - for jitter
                 aside.append(asyncio.create_task(comparing, name="kamiyo reconcile"))
             happened("started", worker=settings.worker, environment=settings.environment.value)
             # Longer than a handler may take, so that only one that the limit cannot reach is met by it.
@@ -121,13 +119,16 @@ async def _make_ready(system: System) -> None:
         await db.close()
 
 
+_AWAY: tuple[type[BaseException], ...] = (*DATABASE_ERRORS, DatabaseUnavailable)
+
+
 async def _serve(system: System) -> None:
     # Until the database has answered once, the tables may be missing: the start waits for it here.
     while True:
         try:
             await _make_ready(system)
             break
-        except (DatabaseUnavailable, *DATABASE_ERRORS) as error:
+        except _AWAY as error:
             happened("database_away", error=type(error).__name__)
             await asyncio.sleep(1)
     async with asyncio.TaskGroup() as tasks:

@@ -1,0 +1,63 @@
+-- What the operators' dashboard needs beside the ledger: the backlog as it was, replays that are under way, and indexes
+-- for two of its questions.
+
+BEGIN;
+
+SET LOCAL client_min_messages = warning;
+SELECT pg_advisory_xact_lock(118038671810927);
+
+-- The dead, apart from those that will be tried again: a few among what may be very many after an outage. An event is
+-- written here when it dies and when a person revives it; nothing on the common road touches it.
+CREATE INDEX IF NOT EXISTS webhook_events_dead ON webhook_events (created_at, seq)
+    WHERE failed_at IS NOT NULL AND next_try_at IS NULL;
+-- The events of one connected account. One's own account, '', is not in it: there every index on time will do.
+CREATE INDEX IF NOT EXISTS webhook_events_account ON webhook_events (account, created_at) WHERE account <> '';
+
+-- How the queue stood, once a minute. The counts say what became of the events of a minute; how many were waiting at
+-- some moment nothing else remembers. A minute that is missing is one in which no server was up to look.
+CREATE TABLE IF NOT EXISTS webhook_backlog_by_minute (
+    minute             timestamptz PRIMARY KEY,
+    -- Pending or being processed.
+    waiting            bigint           NOT NULL,
+    -- Failed, to be tried again by itself.
+    retrying           bigint           NOT NULL,
+    -- Seconds since the oldest of them was due.
+    oldest_due_seconds double precision NOT NULL
+);
+
+-- Writes down how the queue stands now, unless somebody has in this minute. Counts a million at most, so that it stays
+-- cheap on the worst of days.
+CREATE OR REPLACE FUNCTION webhook_sample_backlog() RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    IF EXISTS (SELECT FROM webhook_backlog_by_minute WHERE minute = date_trunc('minute', now())) THEN
+        RETURN;
+    END IF;
+    INSERT INTO webhook_backlog_by_minute (minute, waiting, retrying, oldest_due_seconds)
+    SELECT date_trunc('minute', now()), count(*) FILTER (WHERE failed_at IS NULL), count(failed_at),
+           coalesce(greatest(extract(epoch FROM now() - min(next_try_at)), 0), 0)
+    FROM (SELECT failed_at, next_try_at FROM webhook_events WHERE next_try_at IS NOT NULL
+          ORDER BY next_try_at LIMIT 1000000) AS queue
+    ON CONFLICT (minute) DO NOTHING;
+    -- The pictures reach back seven days.
+    DELETE FROM webhook_backlog_by_minute WHERE minute < now() - interval '8 days';
+END $$;
+
+-- Replays that a person began in the dashboard, so that any server process can say how far they are.
+CREATE TABLE IF NOT EXISTS webhook_replays (
+    id          bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    started_at  timestamptz NOT NULL DEFAULT now(),
+    -- The last sign of life of the process that does it. Long ago and not finished: that process is gone.
+    heard_at    timestamptz NOT NULL DEFAULT now(),
+    finished_at timestamptz,
+    -- Which failures: see webhook_failures.
+    fingerprint text        NOT NULL,
+    -- How many matched when it began, and how many are back in line so far.
+    total       bigint      NOT NULL,
+    done        bigint      NOT NULL DEFAULT 0,
+    -- Why it stopped before its end: the type of the error.
+    stopped_by  text
+);
+
+INSERT INTO webhook_migrations (name) VALUES ('007_dashboard') ON CONFLICT DO NOTHING;
+
+COMMIT;

@@ -1,0 +1,213 @@
+"""What needs a person now, in sentences; and whether a failed event may be run again.
+
+Pure: from numbers to words, so that every case can be read, and tested, here.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from kamiyo.web.dashboard import wording
+from kamiyo.web.dashboard.changes import Effect
+from kamiyo.web.dashboard.queries import MOST_COUNTED, Group
+from kamiyo.web.dashboard.wording import Fields
+
+# The same bounds as /health.
+_OVERDUE_SECONDS = 60.0
+_DEGRADED_SECONDS = 300.0
+_DEGRADED_SHARE, _UNHEALTHY_SHARE = 0.10, 0.20
+
+# Silence is odd once it lasts twenty times as long as events usually are apart, and half an hour at least.
+_ODD_GAPS = 20
+_ODD_SILENCE = timedelta(minutes=30)
+_ENOUGH_TO_TELL = 48
+
+
+@dataclass(frozen=True, slots=True)
+class Concern:
+    """Something a person should know. `tone` is `bad` (act), `warn` (look) or `calm` (it takes care of itself).
+
+    `path` and `query` lead to where more is said of it, `link` is what that is called.
+    """
+
+    tone: str
+    title: str
+    text: str
+    link: str = ""
+    path: tuple[str, ...] = ()
+    query: Mapping[str, str] | None = None
+    groups: Sequence[Group] = ()
+
+
+def concerns(
+    *,
+    standing: Fields,
+    day: Fields,
+    dead: int,
+    groups: Sequence[Group],
+    undecided: int,
+    secret_set: bool,
+) -> list[Concern]:
+    """Everything that needs a person, the worst first; what takes care of itself last."""
+    found = [
+        *_shut_door(secret_set),
+        *_stuck(standing),
+        *_dead(dead, groups),
+        *_failing(day, dead),
+        *_silence(standing, day),
+        *_contradictions(undecided),
+        *_retrying(standing),
+    ]
+    return sorted(found, key=lambda concern: ("bad", "warn", "calm").index(concern.tone))
+
+
+def _shut_door(secret_set: bool) -> list[Concern]:
+    if secret_set:
+        return []
+    text = (
+        "STRIPE_WEBHOOK_SECRET is not set, so nothing can be verified and every delivery is answered 503. Stripe keeps "
+        "them and delivers again: copy the endpoint's signing secret (whsec_…) into the settings and restart."
+    )
+    return [Concern("bad", "No event can come in", text)]
+
+
+def _stuck(standing: Fields) -> list[Concern]:
+    late = standing["oldest_due_seconds"]
+    if late < _OVERDUE_SECONDS:
+        return []
+    many = wording.count(standing["waiting"] + standing["retrying"], MOST_COUNTED)
+    path = ("events", standing["oldest_event_id"])
+    if standing["lanes_held"] == 0:
+        text = (
+            f"The oldest of {many} was due {wording.span(late)} ago, and no worker has any in hand. Start one: "
+            "kamiyo worker, or a server without KAMIYO_WORKER=false."
+        )
+        return [Concern("bad", "Nothing is being processed", text, "The oldest one", path)]
+    text = (
+        f"The oldest of {many} was due {wording.span(late)} ago. Workers are busy with "
+        f"{wording.plural(standing['lanes_held'], 'customer')}: a slow handler, or more than they can carry."
+    )
+    tone = "bad" if late > _DEGRADED_SECONDS else "warn"
+    return [Concern(tone, "Processing is behind", text, "The oldest one", path)]
+
+
+def _dead(dead: int, groups: Sequence[Group]) -> list[Concern]:
+    if not dead:
+        return []
+    many = f"{wording.count(dead, MOST_COUNTED)} {'event is' if dead == 1 else 'events are'} dead"
+    text = "They failed for the last time: nothing happens by itself any more. Find the cause, then run them again."
+    return [Concern("bad", many, text, "All failures", ("failures",), groups=groups)]
+
+
+def _failing(day: Fields, dead: int) -> list[Concern]:
+    share = day["failed"] / day["received"] if day["received"] else 0.0
+    if share <= _DEGRADED_SHARE:
+        return []
+    word, bound = ("unhealthy", _UNHEALTHY_SHARE) if share > _UNHEALTHY_SHARE else ("degraded", _DEGRADED_SHARE)
+    title = f"{wording.percent(share)} of the last 24 hours failed"
+    text = (
+        f"{wording.count(day['failed'])} of {wording.plural(day['received'], 'event')} that came in. /health says "
+        f"{word} above {wording.percent(bound)}."
+    )
+    # The dead are spoken of already; this says how bad it is.
+    return [Concern("warn" if dead else "bad", title, text, "What fails", ("failures",))]
+
+
+def _silence(standing: Fields, day: Fields) -> list[Concern]:
+    last: datetime | None = standing["last_event_at"]
+    if last is None or day["received"] < _ENOUGH_TO_TELL:
+        return []
+    silence = standing["now"] - last
+    if silence < max(_ODD_SILENCE, timedelta(days=1) / day["received"] * _ODD_GAPS):
+        return []
+    text = (
+        f"The 24 hours before brought {wording.plural(day['received'], 'event')}. Is the endpoint enabled at Stripe, "
+        "and does Stripe reach this server?"
+    )
+    title = f"Nothing has come in for {wording.span(silence.total_seconds())}"
+    return [Concern("warn", title, text)]
+
+
+def _contradictions(undecided: int) -> list[Concern]:
+    if not undecided:
+        return []
+    title = f"{wording.plural(undecided, 'billing row')} {'is' if undecided == 1 else 'are'} undecided"
+    text = (
+        "Two events of one second contradict each other and nothing in them says which is later. Look the object up at "
+        "Stripe; its next event decides it here."
+    )
+    return [Concern("warn", title, text, "Which", ("undecided",))]
+
+
+def _retrying(standing: Fields) -> list[Concern]:
+    if not standing["retrying"]:
+        return []
+    many = standing["retrying"]
+    words = "failed event is tried again by itself" if many == 1 else "failed events are tried again by themselves"
+    title = f"{wording.count(many, MOST_COUNTED)} {words}"
+    upcoming: datetime | None = standing["next_retry_at"]
+    text = f"Next {wording.relative(upcoming, standing['now'])}. " if upcoming and upcoming > standing["now"] else ""
+    text += "After five tries an event is dead, about 43 minutes after the first."
+    return [Concern("calm", title, text, "Which", ("events",), {"status": "retrying"})]
+
+
+# ── May I run it again? ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """An answer to "may I retry it?": `yes`, `careful` or `no`, in a sentence, and what to know beforehand."""
+
+    answer: str
+    title: str
+    notes: Sequence[str]
+
+
+_UNDONE = (
+    "What a failed try wrote to this database was undone. What it had sent elsewhere (mail, calls to other systems) "
+    "was not: a handler may do that a second time."
+)
+
+#: What Kamiyo's own errors mean for another try: the answer, and why. Other errors are the handler's own.
+_OWN: Mapping[str, tuple[str, str, str]] = {
+    "PayloadGone": (
+        *("no", "No use: its body is gone"),
+        "Retention removed the body, so there is nothing to run. Read the object from Stripe.",
+    ),
+    "Bury": (
+        *("careful", "Only if the reason is gone"),
+        "The handler itself gave this event up, for the reason it states.",
+    ),
+    "WorkerDied": (
+        *("careful", "Careful: it may have killed its worker"),
+        "The process died while it handled this event: out of memory, killed, or crashed. It runs alone now, so no "
+        "other event suffers, but a worker may die again.",
+    ),
+    "HandlerTimeout": (
+        *("careful", "Yes, if what it waits for is fast again"),
+        "The handler took too long. If it needs the time, raise KAMIYO_HANDLER_TIMEOUT first.",
+    ),
+    "kamiyo.projections.ProjectionError": (
+        *("careful", "Only after an update"),
+        "Stripe's object does not have the documented shape, so the billing row could not be made. The same version of "
+        "Kamiyo fails in the same way.",
+    ),
+}
+
+
+def advice(error_type: str, effect: Effect | None = None) -> Advice:
+    """Whether a failed event may be run again, and what to know first."""
+    answer, title, why = _OWN.get(
+        error_type, ("yes", "Yes, once the cause is mended", "It gets five new tries, the first one at once.")
+    )
+    notes = [why]
+    if answer != "no":
+        notes.append(_UNDONE)
+    if effect is not None and effect.moved_on:
+        notes.append(
+            "The object has moved on since: a later event made the billing row what it is, and a retry leaves it so. "
+            "The handler sees event.superseded."
+        )
+    elif effect is not None and effect.made and error_type != "kamiyo.projections.ProjectionError":
+        notes.append("The billing row is right already; only the handler has to catch up.")
+    return Advice(answer, title, notes)

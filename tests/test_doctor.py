@@ -1,0 +1,488 @@
+"""Stories of the doctor: what it says of a sound installation, and of one with each thing wrong."""
+
+import asyncio
+import contextlib
+import json
+import socket
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+import typer
+from fastapi import FastAPI, Response
+from typer.testing import CliRunner
+from uvicorn import Config, Server
+
+from kamiyo import database, doctor, handlers
+from kamiyo.cli.doctor import doctor as command
+from kamiyo.database import Connection
+from kamiyo.doctor import Finding, Subject, Verdict
+from kamiyo.postgres import temporary_postgres
+from kamiyo.settings import Settings
+from kamiyo.web import create_app
+from tests.conftest import (
+    MakeSettings,
+    NewDatabase,
+    Served,
+    deliver,
+    event_json,
+    noop,
+    run_apart,
+    running_client,
+    serving,
+    settings_for,
+    settled,
+    with_database,
+)
+from tests.stripe_server import KEY, StripeServer, stripe_server
+from tests.test_alerts import Channel
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:apprise")
+
+GOOD_SECRET = "whsec_" + "0123456789abcdef" * 2
+OTHER_SECRET = "whsec_" + "fedcba9876543210" * 2
+GOOD_ADMIN_KEY = "0f1e2d3c4b5a69788796a5b4c3d2e1f0"
+NOWHERE = "http://127.0.0.1:1"
+ENDPOINT = "https://api.example.com/api/v1/webhooks/stripe"
+
+pass_, warn, fail = Verdict.passed, Verdict.warning, Verdict.failed
+
+
+def verdicts(findings: list[Finding]) -> dict[str, Verdict]:
+    return {finding.check: finding.verdict for finding in findings}
+
+
+def of(findings: list[Finding], check: str) -> Finding:
+    [finding] = [one for one in findings if one.check == check]
+    return finding
+
+
+# ── Settings ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("changes", "check", "verdict", "words"),
+    [
+        ({"STRIPE_WEBHOOK_SECRET": ""}, "signing secret", fail, "not set"),
+        ({"STRIPE_WEBHOOK_SECRET": "sk_test_" + "a" * 40}, "signing secret", fail, "API key"),
+        ({"STRIPE_WEBHOOK_SECRET": "we_1abc"}, "signing secret", fail, "id"),
+        ({"STRIPE_WEBHOOK_SECRET": "whsec_..."}, "signing secret", fail, "placeholder"),
+        ({"STRIPE_WEBHOOK_SECRET": "whsec_short"}, "signing secret", fail, "too short"),
+        ({"STRIPE_WEBHOOK_SECRET": f'"{GOOD_SECRET}"'}, "signing secret", fail, "begin"),
+        ({"STRIPE_WEBHOOK_SECRET": f"{GOOD_SECRET},{GOOD_SECRET}"}, "signing secret", warn, "twice"),
+        ({"STRIPE_WEBHOOK_SECRET": f"{GOOD_SECRET},{OTHER_SECRET}"}, "signing secret", pass_, "2 secrets"),
+        ({"ADMIN_API_KEY": ""}, "admin key", fail, "not set"),
+        ({"ADMIN_API_KEY": "your_secure_admin_key_here"}, "admin key", fail, "placeholder"),
+        ({"ADMIN_API_KEY": "a" * 64}, "admin key", fail, "guessed"),
+        ({"ADMIN_API_KEY": "hunter2"}, "admin key", fail, "guessed"),
+        ({"ADMIN_API_KEY": GOOD_SECRET}, "admin key", fail, "same"),
+        ({"STRIPE_SECRET_KEY": ""}, "stripe key", warn, "not set"),
+        ({"STRIPE_SECRET_KEY": "pk_live_" + "a" * 24}, "stripe key", fail, "publishable"),
+        ({"STRIPE_SECRET_KEY": "nonsense"}, "stripe key", fail, "look like"),
+        ({"STRIPE_SECRET_KEY": "sk_test_" + "a" * 24}, "stripe key", warn, "test key"),
+        ({"STRIPE_SECRET_KEY": "rk_live_" + "a" * 24}, "stripe key", pass_, "restricted key of live"),
+        (
+            {"STRIPE_SECRET_KEY": "sk_live_" + "a" * 24, "STRIPE_PUBLISHABLE_KEY": "pk_test_1"},
+            "stripe key",
+            fail,
+            "is not",
+        ),
+        ({"KAMIYO_LOG_LEVEL": "error"}, "logs", warn, "error"),
+        ({"KAMIYO_LOG_LEVEL": "info"}, "logs", pass_, "level error"),
+        ({"KAMIYO_LOG_LEVEL": "info", "KAMIYO_LOG_FORMAT": "console"}, "logs", warn, "collector"),
+    ],
+)
+def test_each_setting_gets_its_verdict_and_what_is_wrong_gets_a_sentence_that_mends_it(
+    changes: dict[str, str], check: str, verdict: Verdict, words: str
+) -> None:
+    good = {"STRIPE_WEBHOOK_SECRET": GOOD_SECRET, "ADMIN_API_KEY": GOOD_ADMIN_KEY}
+    settings = settings_for(None, **{**good, **changes})
+    finding = of([*doctor.secrets(settings), *doctor.logs(settings)], check)
+    assert (finding.verdict, words in finding.seen) == (verdict, True), finding
+    assert bool(finding.mend) == (verdict is not pass_)
+
+
+@pytest.mark.parametrize(("mode", "verdict"), [(0o600, pass_), (0o640, warn), (0o644, warn)])
+def test_a_settings_file_that_others_can_read_is_told(tmp_path: Path, mode: int, verdict: Verdict) -> None:
+    path = tmp_path / ".env"
+    assert list(doctor.env_file(path)) == []
+    path.touch()
+    path.chmod(mode)
+    assert [finding.verdict for finding in doctor.env_file(path)] == [verdict]
+
+
+# ── The database ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def look(settings: Settings, url: str | None, **more: Any) -> list[Finding]:
+    return await doctor.examine(Subject(settings, url, **{"server": NOWHERE, **more}))
+
+
+@pytest.mark.parametrize(
+    ("number", "read_only", "verdict"), [(130013, False, fail), (140000, False, pass_), (180000, True, fail)]
+)
+def test_postgresql_is_14_or_newer_and_takes_writes(number: int, read_only: bool, verdict: Verdict) -> None:
+    assert doctor.database_server(number, "x", read_only=read_only).verdict is verdict
+
+
+def test_what_is_not_durable_is_told_by_name() -> None:
+    assert doctor.durability(fsync=True, full_pages=True, commit="on").verdict is pass_
+    finding = doctor.durability(fsync=False, full_pages=True, commit="off")
+    assert finding.verdict is fail and "fsync and synchronous_commit" in finding.seen
+
+
+@pytest.mark.parametrize(("ahead", "verdict"), [(1.0, pass_), (-1.0, pass_), (3.0, fail), (-400.0, fail)])
+def test_a_clock_that_is_off_is_told(ahead: float, verdict: Verdict) -> None:
+    assert doctor.clock("the database's", ahead, 2.0).verdict is verdict
+
+
+async def test_a_server_without_fsync_fails_and_a_default_one_passes(database_url: str, settings: MakeSettings) -> None:
+    # The tests' own server has fsync off, unless they were given one.
+    off = await asyncpg.connect(database_url)
+    said = await off.fetchval("SHOW fsync")
+    await off.close()
+    found = await look(settings(), database_url)
+    assert of(found, "durability").verdict is (fail if said == "off" else pass_)
+
+
+async def test_without_a_database_it_says_so_and_goes_on(settings: MakeSettings) -> None:
+    found = await look(settings(DATABASE_URL=None), None)
+    assert of(found, "database").verdict is fail and "not set" in of(found, "database").seen
+    assert of(found, "health").verdict is fail
+
+
+async def test_a_database_that_is_away_is_told_without_its_password(settings: MakeSettings) -> None:
+    for url in ("postgresql://me:hidden-pass@127.0.0.1:1/x", "postgresql://me:hidden/pass@127.0.0.1/x"):
+        found = await look(settings(DATABASE_URL=url), url)
+        assert of(found, "database").verdict is fail
+        assert "hidden" not in str(found)
+
+
+async def test_missing_migrations_are_named_and_not_run(new_database: NewDatabase, settings: MakeSettings) -> None:
+    url = new_database(migrated=False)
+    found = await look(settings(STRIPE_SECRET_KEY=KEY, STRIPE_API_BASE=NOWHERE), url)
+    migrations = of(found, "migrations")
+    assert migrations.verdict is fail and "004_webhook_tables" in migrations.seen
+    assert migrations.mend == "Run: kamiyo migrate"
+    assert of(found, "stripe").verdict is warn
+    db = await asyncpg.connect(url)
+    assert await db.fetchval("SELECT to_regclass('webhook_events')") is None
+    await db.close()
+
+
+async def test_a_role_that_lacks_a_right_fails_and_a_superuser_is_warned_of(
+    db: Connection, database_url: str, settings: MakeSettings
+) -> None:
+    found = await look(settings(), database_url)
+    assert of(found, "role").verdict is warn and "superuser" in of(found, "role").seen
+
+    await db.execute("DROP ROLE IF EXISTS kamiyo_doctor_story")
+    await db.execute("CREATE ROLE kamiyo_doctor_story LOGIN PASSWORD 'p-of-the-story'")
+    try:
+        await db.execute(
+            "GRANT USAGE ON SCHEMA billing TO kamiyo_doctor_story;"
+            "GRANT ALL ON ALL TABLES IN SCHEMA public, billing TO kamiyo_doctor_story;"
+            "REVOKE DELETE ON webhook_failures FROM kamiyo_doctor_story;"
+        )
+        await db.execute("SET ROLE kamiyo_doctor_story")
+        finding = await doctor._role(db, settings())
+        assert finding.verdict is fail and "webhook_failures" in finding.seen, finding
+        await db.execute("RESET ROLE; GRANT DELETE ON webhook_failures TO kamiyo_doctor_story")
+        await db.execute("SET ROLE kamiyo_doctor_story")
+        assert (await doctor._role(db, settings())).verdict is warn  # not the owner, and migrates by itself
+        assert (await doctor._role(db, settings(KAMIYO_AUTO_MIGRATE=False))).verdict is pass_
+    finally:
+        await db.execute("RESET ROLE; DROP OWNED BY kamiyo_doctor_story; DROP ROLE kamiyo_doctor_story")
+
+
+async def test_failures_are_told_by_their_cause(db: Connection, database_url: str, settings: MakeSettings) -> None:
+    registry = handlers.registry
+
+    @registry.on("charge.succeeded")
+    async def broken(event: object, _: Connection) -> None:
+        raise handlers.Bury("no such order")
+
+    async with running_client(create_app(settings())) as client:
+        answer = await deliver(client, event_json(event_type="charge.succeeded"))
+        await settled(db, answer.json()["event_id"], "failed")
+        found = await look(settings(), database_url)
+    assert of(found, "failures").verdict is fail
+    assert "Bury (" in of(found, "failures").seen and "1 dead" in of(found, "failures").seen
+    assert of(found, "events").verdict is warn  # none was processed yet
+    assert of(found, "workers").verdict is pass_
+
+
+async def test_events_that_wait_with_no_worker_are_told(
+    quiet_client: Any, db: Connection, database_url: str, settings: MakeSettings
+) -> None:
+    handlers.registry.on("charge.succeeded")(noop)
+    await deliver(quiet_client, event_json(event_type="charge.succeeded"))
+    await db.execute("UPDATE webhook_events SET next_try_at = now() - interval '10 minutes'")
+    found = await look(settings(KAMIYO_WORKER=False), database_url)
+    assert (of(found, "workers").verdict, of(found, "events").verdict) == (fail, fail), of(found, "events")
+
+
+# ── A running server ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def sound(database_url: str) -> Iterator[Served]:
+    """A server with a good secret and a good key."""
+    with serving(database_url, STRIPE_WEBHOOK_SECRET=GOOD_SECRET, ADMIN_API_KEY=GOOD_ADMIN_KEY) as served:
+        yield served
+
+
+async def test_a_sound_server_passes_from_outside_and_nothing_is_stored(
+    sound: Served, db: Connection, database_url: str, settings: MakeSettings
+) -> None:
+    mine = settings(STRIPE_WEBHOOK_SECRET=GOOD_SECRET, KAMIYO_ENV="development")
+    url = f"{sound.url}/api/v1/webhooks/stripe"
+    found = await look(mine, database_url, server=sound.url, endpoint=url)
+    expected = {"health", "metrics", "signature", "endpoint", "migrations", "workers", "clock", "failures"}
+    assert {name for name, verdict in verdicts(found).items() if verdict is pass_} >= expected, found
+    stored = "SELECT (SELECT count(*) FROM webhook_events) + (SELECT count(*) FROM webhook_payloads)"
+    assert await db.fetchval(stored) == 0
+
+
+async def test_a_secret_that_the_server_does_not_have_is_told_by_its_number_alone(
+    sound: Served, database_url: str, settings: MakeSettings
+) -> None:
+    mine = settings(STRIPE_WEBHOOK_SECRET=f"{GOOD_SECRET},{OTHER_SECRET}")
+    found = await look(mine, database_url, server=sound.url)
+    assert of(found, "signature").verdict is fail and "number 2" in of(found, "signature").seen
+    # The refusal was counted, so the next look sees it in the metrics.
+    again = await look(mine, database_url, server=sound.url)
+    assert of(again, "metrics").verdict is warn and "signature_no_match" in of(again, "metrics").seen
+    assert OTHER_SECRET not in str(again)
+
+
+@contextlib.asynccontextmanager
+async def pretending(answer: Response) -> AsyncIterator[str]:
+    """Something else than Kamiyo at an address: it gives `answer` to every request."""
+    app = FastAPI()
+
+    @app.api_route("/{path:path}", methods=["GET", "POST"])
+    async def any_path() -> Response:
+        return answer
+
+    door = socket.create_server(("127.0.0.1", 0))
+    server = Server(Config(app, log_level="error", lifespan="off"))
+    running = asyncio.create_task(server.serve(sockets=[door]))
+    try:
+        yield f"http://127.0.0.1:{door.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        await running
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (Response(status_code=307, headers={"Location": "/elsewhere"}), "no redirects"),
+        (Response(status_code=401), "without a login"),
+        (Response(status_code=403), "CSRF"),
+        (Response(status_code=404), "/api/v1/webhooks/stripe"),
+        (Response('{"detail":"Missing Stripe signature header"}', 400), "pass the header"),
+        (Response("welcome", 200), "else than Kamiyo"),
+    ],
+)
+async def test_whatever_stands_before_the_server_is_told(
+    answer: Response, words: str, database_url: str, settings: MakeSettings
+) -> None:
+    async with pretending(answer) as url:
+        mine = settings(STRIPE_WEBHOOK_SECRET=GOOD_SECRET, KAMIYO_ENV="development")
+        found = await look(mine, database_url, server=url, endpoint=f"{url}/api/v1/webhooks/stripe")
+    finding = of(found, "endpoint")
+    assert finding.verdict is fail and words in finding.mend, finding
+    assert of(found, "health").verdict is fail
+    assert of(found, "metrics").verdict is fail
+
+
+async def test_an_endpoint_that_is_not_https_fails_untried(database_url: str, settings: MakeSettings) -> None:
+    found = await look(settings(), database_url, endpoint="http://user:word@api.example.com/api/v1/webhooks/stripe?k=v")
+    finding = of(found, "endpoint")
+    assert finding.verdict is fail and "not HTTPS" in finding.seen
+    assert "word" not in finding.seen and "k=v" not in finding.seen
+
+
+# ── Whom to tell ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+async def channel() -> AsyncIterator[Channel]:
+    told = Channel()
+    server = await asyncio.start_server(told.serve, "127.0.0.1", 0)
+    told.port = server.sockets[0].getsockname()[1]
+    async with server:
+        yield told
+
+
+async def test_nobody_to_tell_is_a_warning(settings: MakeSettings) -> None:
+    [finding] = await doctor.alerts(settings(), send_test=True)
+    assert finding.verdict is warn
+
+
+async def test_a_test_message_is_sent_only_when_asked_for(channel: Channel, settings: MakeSettings) -> None:
+    mine = settings(ALERT_URLS=channel.url)
+    [finding] = await doctor.alerts(mine, send_test=False)
+    assert (finding.verdict, channel.heard) == (pass_, [])
+    [finding] = await doctor.alerts(mine, send_test=True)
+    assert (finding.verdict, channel.titles()) == (pass_, ["Kamiyo: a test"])
+
+
+async def test_a_channel_that_refuses_or_is_none_fails_without_its_address(
+    channel: Channel, settings: MakeSettings
+) -> None:
+    channel.answers = 500
+    found = await doctor.alerts(settings(ALERT_URLS=f"{channel.url} nonsense://secret-token"), send_test=True)
+    assert [finding.verdict for finding in found] == [fail, fail]
+    assert "token" not in str(found)
+
+
+# ── What Stripe knows ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def endpoint(**changes: Any) -> dict[str, Any]:
+    """A webhook endpoint as Stripe's API words it."""
+    return {
+        "id": "we_1",
+        "object": "webhook_endpoint",
+        "api_version": "2026-10-28.endive",
+        "enabled_events": ["*"],
+        "livemode": False,
+        "status": "enabled",
+        "url": ENDPOINT,
+        **changes,
+    }
+
+
+@pytest.mark.parametrize(
+    ("known", "verdict", "words"),
+    [
+        ([endpoint()], pass_, "sends all events"),
+        ([endpoint(enabled_events=list(handlers.GUIDE_TYPES))], pass_, "10 event types"),
+        ([endpoint(enabled_events=list(handlers.GUIDE_TYPES[1:]))], fail, "customer.created"),
+        ([endpoint(status="disabled")], fail, "disabled"),
+        ([endpoint(url=ENDPOINT.replace("https", "http"))], fail, "not HTTPS"),
+        ([endpoint(url=f"{ENDPOINT}/")], fail, "slash"),
+        ([endpoint(url="https://elsewhere.example.com/hook")], fail, "1 endpoint in test mode"),
+        ([], fail, "0 endpoints"),
+        ([endpoint(api_version=None)], warn, "default"),
+        ([endpoint(api_version="2027-03-31.fern")], warn, "newer"),
+        ([endpoint(api_version="2024-06-20")], pass_, "2024-06-20"),
+        ([endpoint(), endpoint(id="we_2")], fail, "2 enabled endpoints"),
+    ],
+)
+async def test_the_endpoints_that_stripe_knows_are_compared(
+    known: list[dict[str, Any]], verdict: Verdict, words: str, database_url: str, settings: MakeSettings
+) -> None:
+    async with stripe_server() as stripe:
+        stripe.endpoints = known
+        found = await asked(stripe, database_url, settings)
+    worst = max((f.verdict for f in found), key=[pass_, warn, fail].index)
+    assert worst is verdict, found
+    assert any(words in finding.seen for finding in found), found
+    assert of(found, "stripe clock").verdict is pass_
+
+
+async def asked(stripe: StripeServer, url: str, settings: MakeSettings, key: str = KEY) -> list[Finding]:
+    pool = await database.open_pool(url, size=2, application="doctor", idle_limit=60)
+    mine = settings(STRIPE_SECRET_KEY=key, STRIPE_API_BASE=stripe.base, KAMIYO_STRIPE_API_RATE=100)
+    # An address given to nobody: what Stripe knows is compared with it, not asked.
+    where = "" if stripe.endpoints and "elsewhere" not in stripe.endpoints[0]["url"] else ENDPOINT
+    try:
+        return await doctor.stripe(Subject(mine, url, NOWHERE, where), pool)
+    finally:
+        await pool.close()
+
+
+async def test_a_type_that_only_a_handler_of_ones_own_takes_must_be_sent_too(
+    database_url: str, settings: MakeSettings
+) -> None:
+    handlers.registry.on("charge.refunded")(noop)
+    async with stripe_server() as stripe:
+        stripe.endpoints = [endpoint(enabled_events=list(handlers.GUIDE_TYPES))]
+        found = await asked(stripe, database_url, settings)
+    assert "charge.refunded" in of(found, "endpoint we_1").seen
+
+
+async def test_all_pages_of_endpoints_are_read(database_url: str, settings: MakeSettings) -> None:
+    async with stripe_server() as stripe:
+        others = [endpoint(id=f"we_x{n}", url=f"https://x.example.com/{n}") for n in range(100)]
+        stripe.endpoints = [*others, endpoint()]
+        found = await asked(stripe, database_url, settings)
+    assert of(found, "endpoint we_1").verdict is pass_
+
+
+async def test_a_key_that_stripe_refuses_fails_and_is_not_shown(database_url: str, settings: MakeSettings) -> None:
+    async with stripe_server() as stripe:
+        found = await asked(stripe, database_url, settings, key="sk_test_wrong_one")
+    assert of(found, "stripe").verdict is fail
+    assert "wrong_one" not in str(found)
+
+
+# ── As a command ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    app = typer.Typer()
+    app.command()(command)
+    done = CliRunner().invoke(app, list(arguments))
+    return done.exit_code, done.output
+
+
+def test_the_command_speaks_json_and_its_status_says_whether_something_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with temporary_postgres() as server:
+        url = with_database(server.url, "kamiyo_doctor")
+        run_apart(_prepare(server.url, url))
+        good = {"STRIPE_WEBHOOK_SECRET": GOOD_SECRET, "ADMIN_API_KEY": GOOD_ADMIN_KEY, "DATABASE_URL": url}
+        for name, value in {**good, "KAMIYO_ENV": "development"}.items():
+            monkeypatch.setenv(name, value)
+        with serving(url, STRIPE_WEBHOOK_SECRET=GOOD_SECRET, ADMIN_API_KEY=GOOD_ADMIN_KEY) as served:
+            public = f"{served.url}/api/v1/webhooks/stripe"
+            status, said = run("--json", "--url", served.url, "--endpoint", public)
+            findings = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+            assert status == 0, said
+            assert {f["check"] for f in findings} >= {"durability", "migrations", "health", "endpoint", "events"}
+            assert not [finding for finding in findings if finding["verdict"] == "fail"]
+            assert [bool(f["mend"]) for f in findings] == [f["verdict"] != "pass" for f in findings]
+            assert run("--strict", "--url", served.url)[0] == 1
+        status, said = run("--url", served.url)
+        assert status == 1 and "Start `kamiyo serve`" in said
+        for value in (GOOD_SECRET, GOOD_ADMIN_KEY):
+            assert value not in said
+
+
+async def _prepare(server: str, url: str) -> None:
+    first = await asyncpg.connect(server)
+    await first.execute("CREATE DATABASE kamiyo_doctor")
+    await first.close()
+    db = await database.connect(url, application="tests")
+    await database.migrate(db)
+    await db.close()
+
+
+def test_a_look_makes_no_database_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    began = time.monotonic()
+    status, said = run("--url", NOWHERE)
+    assert status == 1 and "no embedded PostgreSQL yet" in said
+    assert not (tmp_path / ".kamiyo").exists() and time.monotonic() - began < 20
+
+
+def test_what_others_say_is_cleaned_of_secrets(settings: MakeSettings) -> None:
+    mine = settings(
+        STRIPE_WEBHOOK_SECRET=GOOD_SECRET,
+        STRIPE_SECRET_KEY="sk_live_abcdef",
+        ALERT_URLS="discord://id/token",
+        DATABASE_URL="postgresql://me:p%40ss-word@h/x",
+    )
+    words = f"{GOOD_SECRET} sk_live_abcdef discord://id/token p%40ss-word p@ss-word"
+    clean = doctor._without_secrets(doctor.failed("x", words, words), Subject(mine, None, NOWHERE))
+    assert clean.seen == clean.mend == "••• ••• ••• ••• •••"
