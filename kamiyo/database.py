@@ -93,8 +93,13 @@ async def connect(url: str, *, application: str) -> "asyncpg.Connection[asyncpg.
         )
     except _CANNOT_CONNECT as error:
         raise DatabaseUnavailable(
-            f"Cannot connect to PostgreSQL: {type(error).__name__}: {error}. Check DATABASE_URL and the server."
+            f"Cannot connect to PostgreSQL: {_reason(error)}. Check DATABASE_URL and the server."
         ) from error
+
+
+def _reason(error: BaseException) -> str:
+    # A malformed address is quoted by those who cannot read it, and it may hold a password.
+    return "the address cannot be read" if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
 
 def migration_files() -> list[Path]:

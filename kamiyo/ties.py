@@ -197,16 +197,13 @@ def _later_than_all(candidates: Sequence[Observation]) -> tuple[Any, ...] | None
     newer: dict[tuple[Any, ...], set[tuple[Any, ...]]] = {seen.row.values: set() for seen in candidates}
     for one, look in zip(candidates, looks, strict=True):
         for other, sight in zip(candidates, looks, strict=True):
-            if one.row.values == other.row.values or not look.still_has(sight.replaced):
-                continue
-            if sight.still_has(look.replaced):
-                return None  # a value changed and changed back: what either still has tells nothing
-            newer[one.row.values].add(other.row.values)
+            if one.row.values != other.row.values and look.still_has(sight.replaced):
+                newer[one.row.values].add(other.row.values)
     for _ in newer:  # what is newer than the newer is newer
         for values, above in newer.items():
             newer[values] = above.union(*(newer[higher] for higher in above))
     if any(values in above for values, above in newer.items()):
-        return None  # it contradicts itself
+        return None  # it contradicts itself: a value changed and changed back, and what it is now tells nothing
     latest = [values for values, above in newer.items() if not above]
     return latest[0] if len(latest) == 1 and all(latest[0] in a for v, a in newer.items() if v != latest[0]) else None
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml  # type: ignore[import-untyped]  # for want of types-pyyaml
+import yaml
 
 from docs import generate
 from kamiyo.settings import Settings

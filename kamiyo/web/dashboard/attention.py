@@ -5,8 +5,10 @@ Pure: from numbers to words, so that every case can be read, and tested, here.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
+from urllib.parse import quote
 
+from kamiyo.alerts import Incident
 from kamiyo.web.dashboard import wording
 from kamiyo.web.dashboard.changes import Effect
 from kamiyo.web.dashboard.queries import MOST_COUNTED, Group
@@ -17,25 +19,22 @@ _OVERDUE_SECONDS = 60.0
 _DEGRADED_SECONDS = 300.0
 _DEGRADED_SHARE, _UNHEALTHY_SHARE = 0.10, 0.20
 
-# Silence is odd once it lasts twenty times as long as events usually are apart, and half an hour at least.
-_ODD_GAPS = 20
-_ODD_SILENCE = timedelta(minutes=30)
-_ENOUGH_TO_TELL = 48
+# What alerts tell of that is said here in more words.
+_TOLD_HERE = ("event_died", "overdue")
 
 
 @dataclass(frozen=True, slots=True)
 class Concern:
     """Something a person should know. `tone` is `bad` (act), `warn` (look) or `calm` (it takes care of itself).
 
-    `path` and `query` lead to where more is said of it, `link` is what that is called.
+    `page` is where more is said of it, below the dashboard's own address, and `link` what that is called.
     """
 
     tone: str
     title: str
     text: str
     link: str = ""
-    path: tuple[str, ...] = ()
-    query: Mapping[str, str] | None = None
+    page: str = ""
     groups: Sequence[Group] = ()
 
 
@@ -46,19 +45,29 @@ def concerns(
     dead: int,
     groups: Sequence[Group],
     undecided: int,
+    incidents: Sequence[Incident],
     secret_set: bool,
 ) -> list[Concern]:
-    """Everything that needs a person, the worst first; what takes care of itself last."""
+    """Everything that needs a person, the worst first; what takes care of itself last.
+
+    `incidents` are what alerts would tell, so that the page and the message at night never disagree.
+    """
     found = [
         *_shut_door(secret_set),
         *_stuck(standing),
         *_dead(dead, groups),
         *_failing(day, dead),
-        *_silence(standing, day),
+        *(_incident(one) for one in incidents if one.key.partition(":")[0] not in _TOLD_HERE),
         *_contradictions(undecided),
         *_retrying(standing),
     ]
     return sorted(found, key=lambda concern: ("bad", "warn", "calm").index(concern.tone))
+
+
+def _incident(incident: Incident) -> Concern:
+    tone = "bad" if incident.key == "bad_signatures" else "warn"
+    page = "" if incident.page == "/" else incident.page
+    return Concern(tone, incident.title, incident.body, "Look" if page else "", page)
 
 
 def _shut_door(secret_set: bool) -> list[Concern]:
@@ -76,19 +85,19 @@ def _stuck(standing: Fields) -> list[Concern]:
     if late < _OVERDUE_SECONDS:
         return []
     many = wording.count(standing["waiting"] + standing["retrying"], MOST_COUNTED)
-    path = ("events", standing["oldest_event_id"])
+    page = f"/events/{quote(standing['oldest_event_id'], safe='')}"
     if standing["lanes_held"] == 0:
         text = (
             f"The oldest of {many} was due {wording.span(late)} ago, and no worker has any in hand. Start one: "
             "kamiyo worker, or a server without KAMIYO_WORKER=false."
         )
-        return [Concern("bad", "Nothing is being processed", text, "The oldest one", path)]
+        return [Concern("bad", "Nothing is being processed", text, "The oldest one", page)]
     text = (
         f"The oldest of {many} was due {wording.span(late)} ago. Workers are busy with "
         f"{wording.plural(standing['lanes_held'], 'customer')}: a slow handler, or more than they can carry."
     )
     tone = "bad" if late > _DEGRADED_SECONDS else "warn"
-    return [Concern(tone, "Processing is behind", text, "The oldest one", path)]
+    return [Concern(tone, "Processing is behind", text, "The oldest one", page)]
 
 
 def _dead(dead: int, groups: Sequence[Group]) -> list[Concern]:
@@ -96,7 +105,7 @@ def _dead(dead: int, groups: Sequence[Group]) -> list[Concern]:
         return []
     many = f"{wording.count(dead, MOST_COUNTED)} {'event is' if dead == 1 else 'events are'} dead"
     text = "They failed for the last time: nothing happens by itself any more. Find the cause, then run them again."
-    return [Concern("bad", many, text, "All failures", ("failures",), groups=groups)]
+    return [Concern("bad", many, text, "All failures", "/failures", groups)]
 
 
 def _failing(day: Fields, dead: int) -> list[Concern]:
@@ -110,22 +119,7 @@ def _failing(day: Fields, dead: int) -> list[Concern]:
         f"{word} above {wording.percent(bound)}."
     )
     # The dead are spoken of already; this says how bad it is.
-    return [Concern("warn" if dead else "bad", title, text, "What fails", ("failures",))]
-
-
-def _silence(standing: Fields, day: Fields) -> list[Concern]:
-    last: datetime | None = standing["last_event_at"]
-    if last is None or day["received"] < _ENOUGH_TO_TELL:
-        return []
-    silence = standing["now"] - last
-    if silence < max(_ODD_SILENCE, timedelta(days=1) / day["received"] * _ODD_GAPS):
-        return []
-    text = (
-        f"The 24 hours before brought {wording.plural(day['received'], 'event')}. Is the endpoint enabled at Stripe, "
-        "and does Stripe reach this server?"
-    )
-    title = f"Nothing has come in for {wording.span(silence.total_seconds())}"
-    return [Concern("warn", title, text)]
+    return [Concern("warn" if dead else "bad", title, text, "What fails", "/failures")]
 
 
 def _contradictions(undecided: int) -> list[Concern]:
@@ -136,19 +130,19 @@ def _contradictions(undecided: int) -> list[Concern]:
         "Two events of one second contradict each other and nothing in them says which is later. Look the object up at "
         "Stripe; its next event decides it here."
     )
-    return [Concern("warn", title, text, "Which", ("undecided",))]
+    return [Concern("warn", title, text, "Which", "/undecided")]
 
 
 def _retrying(standing: Fields) -> list[Concern]:
-    if not standing["retrying"]:
-        return []
     many = standing["retrying"]
+    if not many:
+        return []
     words = "failed event is tried again by itself" if many == 1 else "failed events are tried again by themselves"
-    title = f"{wording.count(many, MOST_COUNTED)} {words}"
     upcoming: datetime | None = standing["next_retry_at"]
     text = f"Next {wording.relative(upcoming, standing['now'])}. " if upcoming and upcoming > standing["now"] else ""
     text += "After five tries an event is dead, about 43 minutes after the first."
-    return [Concern("calm", title, text, "Which", ("events",), {"status": "retrying"})]
+    title = f"{wording.count(many, MOST_COUNTED)} {words}"
+    return [Concern("calm", title, text, "Which", "/events?status=retrying")]
 
 
 # ── May I run it again? ─────────────────────────────────────────────────────────────────────────────────────

@@ -120,20 +120,16 @@ def summary(event: Event | None, received: datetime, most: int = 3) -> list[Chan
         before = projections.row_before(event, received)
         if before is not None:
             changes = [change for change in _compared(before, row, None) if change.changed]
-            return sorted(changes, key=_weight)[:most]
+            telling = sorted((c for c in changes if c.name in _TELLING), key=lambda c: _TELLING.index(c.name))
+            return (telling or changes)[:most]
     return []
 
 
 # A status says more than a period, a period more than a bookkeeping detail.
 _TELLING = (
     *("status", "email", "name", "cancel_at_period_end", "price", "quantity", "amount_paid", "amount_due"),
-    *("default_payment_method", "delinquent", "balance", "current_period_end", "trial_end", "canceled_at"),
+    *("default_payment_method", "delinquent", "balance", "current_period_end", "trial_end", "attempt_count"),
 )
-
-
-def _weight(change: Change) -> tuple[int, str]:
-    place = _TELLING.index(change.name) if change.name in _TELLING else len(_TELLING)
-    return place, change.name
 
 
 def _before(

@@ -70,9 +70,8 @@ SELECT event_type, received, processed, failed, received - processed - failed AS
 FROM webhook_counts_since($1) ORDER BY received DESC, event_type LIMIT $2;
 
 -- name: day
--- Received and failed in the 24 hours before now, and the hour of the first event ever counted.
-SELECT coalesce(sum(received), 0)::bigint AS received, coalesce(sum(failed), 0)::bigint AS failed,
-       (SELECT min(hour) FROM webhook_counts_by_hour) AS first_hour
+-- Received and failed in the 24 hours before now.
+SELECT coalesce(sum(received), 0)::bigint AS received, coalesce(sum(failed), 0)::bigint AS failed
 FROM webhook_counts_since(now() - interval '24 hours');
 
 -- name: undecided

@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.responses import RedirectResponse, Response
 
-from kamiyo import handlers, inbox
+from kamiyo import alerts, handlers, inbox
 from kamiyo.errors import PayloadError
 from kamiyo.event import decode
 from kamiyo.inbox import Filters, Status
@@ -32,15 +32,19 @@ async def overview(visit: Visit) -> Response:
         # The causes of the latest dead are enough to begin with; the page of failures has them all.
         groups = await queries.groups(db, dead_only=True, of=2000) if dead else []
         undecided = await queries.undecided(db, 100)
+        incidents = await alerts.find(db)
         steps = await queries.steps(db, chosen, standing["now"])
         types = await queries.types(db, standing["now"] - chosen.length, 12)
         latest = await queries.events(db, Search(), size=8)
+    # Refused signatures are seen by the process they are sent to, and written nowhere.
+    refused = visit.site.system().alerts.signatures.incident()
     concerns = attention.concerns(
         standing=standing,
         day=day,
         dead=dead,
         groups=groups[:3],
         undecided=len(undecided),
+        incidents=[*([refused] if refused else []), *incidents],
         secret_set=bool(visit.site.settings.webhook_secrets),
     )
     return visit.page(

@@ -16,8 +16,9 @@ MOST_LEVELS = 40
 # Levels that are open at first: the event, its data, its object.
 _OPEN_LEVELS = 2
 
-# Stripe's ids: a short prefix, an underscore, at least eight letters and digits.
-_ID = re.compile(r"[a-z]{2,12}(?:_(?:test|live))?_[A-Za-z0-9_]{8,250}")
+# Stripe's ids: a short prefix, an underscore, at least eight letters and digits, not all of them small letters: that
+# would be a word, like charge_automatically.
+_ID = re.compile(r"[a-z]{2,12}(?:_(?:test|live))?_(?=[a-z_]*[A-Z0-9])[A-Za-z0-9_]{8,250}")
 # Keys of Stripe's that hold unix seconds.
 _MOMENT = re.compile(r"(^|_)(created|at|start|end|date|time|timestamp|anchor|until|by|attempt|expires|on|period_end)$")
 _EARLIEST, _LATEST = 946_684_800, 4_102_444_800  # 2000 and 2100: other numbers are no moments

@@ -126,7 +126,7 @@ async def types(db: Connection, since: datetime, most: int) -> list[asyncpg.Reco
 
 
 async def day(db: Connection) -> asyncpg.Record:
-    """received and failed in the last 24 hours; first_hour, None before the first event."""
+    """received and failed in the last 24 hours."""
     row = await db.fetchrow(_SQL["day"])
     assert row is not None  # noqa: S101 - an aggregate without GROUP BY has exactly one row
     return row

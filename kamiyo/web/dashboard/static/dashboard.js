@@ -46,6 +46,11 @@
     const folds = [...page.querySelectorAll("details")];
     if (folds.length === open.length) folds.forEach((one, index) => { one.open = open[index]; });
     was.replaceWith(page);
+    const dead = document.getElementById("dead");
+    if (dead) {
+      dead.textContent = page.dataset.dead;
+      dead.parentElement.hidden = page.dataset.dead === "0";
+    }
     [...page.querySelectorAll(".scroll, pre")].forEach((one, index) => {
       if (scrolled[index]) [one.scrollTop, one.scrollLeft] = scrolled[index];
     });

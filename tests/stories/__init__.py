@@ -1,0 +1,1 @@
+"""Stories of whole systems: processes, servers, kills, a browser."""
