@@ -110,9 +110,35 @@ def migration_files() -> list[Path]:
 async def missing_migrations(db: Connection) -> list[str]:
     """Names of the migrations that this database lacks, in order."""
     applied: set[str] = set()
-    if await db.fetchval("SELECT to_regclass('webhook_migrations') IS NOT NULL"):
+    if await db.fetchval(_HAS_RECORD):
         applied = {name for (name,) in await db.fetch("SELECT name FROM webhook_migrations")}
     return [path.stem for path in migration_files() if path.stem not in applied]
+
+
+# A table of that name without this column is not the record, but somebody's own.
+_HAS_RECORD = """SELECT EXISTS (SELECT FROM pg_attribute
+    WHERE attrelid = to_regclass('webhook_migrations') AND attname = 'applied_at')"""
+
+
+async def _refuse_foreign_tables(db: Connection, missing: list[str]) -> None:
+    # The files refuse by themselves; asked for all of them beforehand, nothing at all is changed.
+    ours = {table: name for name in missing for table in _tables_of(name)}
+    if await db.fetchval(_HAS_RECORD):
+        ours.pop("webhook_migrations", None)
+    found = await db.fetch("SELECT name FROM unnest($1::text[]) AS name WHERE to_regclass(name) IS NOT NULL", [*ours])
+    # Another process may have made them a moment ago; then their record is there as well by now.
+    still_missing = await missing_migrations(db) if found else []
+    foreign = [table for (table,) in found if ours[table] in still_missing]
+    if foreign:
+        raise ForeignTables(
+            f"The database has {', '.join(foreign)} already, which Kamiyo did not make. Rename it, or give Kamiyo a "
+            "database or a schema (search_path) of its own. Nothing was changed."
+        )
+
+
+def _tables_of(name: str) -> list[str]:
+    text = (MIGRATIONS / f"{name}.sql").read_text(encoding="utf-8")
+    return re.findall(r"^CREATE TABLE IF NOT EXISTS ([\w.]+)", text, re.MULTILINE)
 
 
 async def migrate(db: Connection, *, report: Callable[[str], None] = lambda name: None) -> list[str]:
@@ -121,6 +147,7 @@ async def migrate(db: Connection, *, report: Callable[[str], None] = lambda name
     Safe to call from several processes at once. Raises ForeignTables when the tables belong to someone else.
     """
     missing = await missing_migrations(db)
+    await _refuse_foreign_tables(db, missing)
     for name in missing:
         try:
             await db.execute((MIGRATIONS / f"{name}.sql").read_text(encoding="utf-8"))

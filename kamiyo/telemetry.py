@@ -82,6 +82,7 @@ _DEBUG, _INFO, _WARNING, _ERROR = logging.DEBUG, logging.INFO, logging.WARNING, 
 _LEVELS: dict[str, int] = {
     # doors
     "started": _INFO,
+    "start_refused": _ERROR,
     "stopping": _INFO,
     "stopped": _INFO,
     # receiving

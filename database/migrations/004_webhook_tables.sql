@@ -10,11 +10,12 @@ SET LOCAL client_min_messages = warning;
 -- Two servers that start at once must not both create the tables. The key is 'kamiyo' in ASCII.
 SELECT pg_advisory_xact_lock(118038671810927);
 
+-- The record itself can be someone else's too.
 DO $$
 BEGIN
-    IF to_regclass('webhook_migrations') IS NULL
-       AND (to_regclass('webhook_events') IS NOT NULL OR to_regclass('webhook_failures') IS NOT NULL) THEN
-        RAISE EXCEPTION 'a table webhook_events or webhook_failures is already here that Kamiyo did not make'
+    IF to_regclass('webhook_migrations') IS NOT NULL
+       AND NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = to_regclass('webhook_migrations') AND attname = 'applied_at') THEN
+        RAISE EXCEPTION 'a table webhook_migrations is already here that Kamiyo did not make'
             USING HINT = 'Rename it, or give Kamiyo a database or a schema (search_path) of its own. Nothing was changed.';
     END IF;
 END $$;
@@ -24,6 +25,22 @@ CREATE TABLE IF NOT EXISTS webhook_migrations (
     name       text        PRIMARY KEY,
     applied_at timestamptz NOT NULL DEFAULT now()
 );
+
+-- What is already here under these names, while this file has left no record, is someone else's.
+DO $$
+DECLARE
+    foreign_table text;
+BEGIN
+    SELECT name INTO foreign_table
+    FROM unnest(ARRAY['webhook_events', 'webhook_payloads', 'webhook_failures', 'webhook_tombstones', 'webhook_audit',
+                                'webhook_count_changes', 'webhook_counts_by_minute', 'webhook_counts_by_hour']) AS name
+    WHERE to_regclass(name) IS NOT NULL
+      AND NOT EXISTS (SELECT FROM webhook_migrations AS m WHERE m.name = '004_webhook_tables');
+    IF FOUND THEN
+        RAISE EXCEPTION 'a table % is already here that Kamiyo did not make', foreign_table
+            USING HINT = 'Rename it, or give Kamiyo a database or a schema (search_path) of its own. Nothing was changed.';
+    END IF;
+END $$;
 
 -- The inbox: one row for each event Stripe sent, and all there is to know about where it stands.
 -- Rows are small (the body lives in webhook_payloads), because each is written up to three times.

@@ -8,6 +8,21 @@ BEGIN;
 SET LOCAL client_min_messages = warning;
 SELECT pg_advisory_xact_lock(118038671810927);
 
+-- What is already here under these names, while this file has left no record, is someone else's.
+DO $$
+DECLARE
+    foreign_table text;
+BEGIN
+    SELECT name INTO foreign_table
+    FROM unnest(ARRAY['billing.customers', 'billing.subscriptions', 'billing.invoices', 'billing.payment_methods']) AS name
+    WHERE to_regclass(name) IS NOT NULL
+      AND NOT EXISTS (SELECT FROM webhook_migrations AS m WHERE m.name = '005_billing_tables');
+    IF FOUND THEN
+        RAISE EXCEPTION 'a table % is already here that Kamiyo did not make', foreign_table
+            USING HINT = 'Rename it, or give Kamiyo a database or a schema (search_path) of its own. Nothing was changed.';
+    END IF;
+END $$;
+
 CREATE SCHEMA IF NOT EXISTS billing;
 
 -- The columns every table ends with:

@@ -6,6 +6,21 @@ BEGIN;
 SET LOCAL client_min_messages = warning;
 SELECT pg_advisory_xact_lock(118038671810927);
 
+-- What is already here under these names, while this file has left no record, is someone else's.
+DO $$
+DECLARE
+    foreign_table text;
+BEGIN
+    SELECT name INTO foreign_table
+    FROM unnest(ARRAY['webhook_backlog_by_minute', 'webhook_replays']) AS name
+    WHERE to_regclass(name) IS NOT NULL
+      AND NOT EXISTS (SELECT FROM webhook_migrations AS m WHERE m.name = '007_dashboard');
+    IF FOUND THEN
+        RAISE EXCEPTION 'a table % is already here that Kamiyo did not make', foreign_table
+            USING HINT = 'Rename it, or give Kamiyo a database or a schema (search_path) of its own. Nothing was changed.';
+    END IF;
+END $$;
+
 -- The dead, apart from those that will be tried again: a few among what may be very many after an outage. An event is
 -- written here when it dies and when a person revives it; nothing on the common road touches it.
 CREATE INDEX IF NOT EXISTS webhook_events_dead ON webhook_events (created_at, seq)

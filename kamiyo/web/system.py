@@ -131,6 +131,10 @@ async def _serve(system: System) -> None:
         except _AWAY as error:
             happened("database_away", error=type(error).__name__)
             await asyncio.sleep(1)
+        except KamiyoError as error:
+            # The database came back as one that must not be used. Said until somebody mends it; deliveries get 503.
+            happened("start_refused", reason=type(error).__name__)
+            await asyncio.sleep(5)
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(system.receiver.run())
         if system.settings.worker:
