@@ -292,6 +292,8 @@ def _nothing_left_behind(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for field in Settings.model_fields.values():
         monkeypatch.delenv(str(field.validation_alias), raising=False)
     handlers.registry.clear()
+    # Types that another story's handlers gave a label.
+    monkeypatch.setattr(telemetry, "_labelled", set(telemetry.KNOWN_TYPES))
     telemetry.configure_logging(level="debug", log_format="json")
     yield
     handlers.registry.clear()
