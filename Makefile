@@ -24,7 +24,7 @@ endif
 help: ## Say what there is
 	@echo "Kamiyo Webhooks"
 	@echo
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-21s %s\n", $$1, $$2 }'
 	@echo
 	@echo "  PYTHON=python3.13 chooses the Python that .venv is made with; ARGS=\"…\" goes to the program that is run."
 

@@ -20,7 +20,7 @@ from kamiyo.alerts import Incident
 from kamiyo.database import Connection
 from kamiyo.event import Event
 from kamiyo.handlers import Bury, Retry
-from kamiyo.web import charts, create_app, create_router, doorkeeper
+from kamiyo.web import charts, create_app, create_router
 from kamiyo.web.dashboard import attention, background, pages, payload, queries, wording
 from kamiyo.web.dashboard.queries import RANGES, STATES, Group, Search
 from tests.conftest import (
@@ -126,7 +126,8 @@ async def put(db: Connection, event_id: str | None = None, **columns: Any) -> st
         **{"status": status, **columns},
     }
     places = ", ".join(f"${n}" for n in range(1, len(values) + 1))
-    await db.execute(f"INSERT INTO webhook_events ({', '.join(values)}) VALUES ({places})", *values.values())
+    query = f"INSERT INTO webhook_events ({', '.join(values)}) VALUES ({places})"  # noqa: S608 - names of our own
+    await db.execute(query, *values.values())
     return str(values["event_id"])
 
 
@@ -143,7 +144,8 @@ async def put_failure(db: Connection, event_id: str, fingerprint: str = "abc", *
         **columns,
     }
     places = ", ".join(f"${n}" for n in range(1, len(values) + 1))
-    await db.execute(f"INSERT INTO webhook_failures ({', '.join(values)}) VALUES ({places})", *values.values())
+    query = f"INSERT INTO webhook_failures ({', '.join(values)}) VALUES ({places})"  # noqa: S608 - names of our own
+    await db.execute(query, *values.values())
 
 
 async def put_dead(db: Connection, fingerprint: str = "abc", **columns: Any) -> str:
@@ -204,7 +206,7 @@ async def test_a_wrong_key_opens_nothing_and_each_is_answered_later(
     async def wait(seconds: float) -> None:
         waits.append(seconds)
 
-    monkeypatch.setattr(doorkeeper.asyncio, "sleep", wait)
+    monkeypatch.setattr(asyncio, "sleep", wait)
     for wrong in ("", "guess", ADMIN_KEY[:-1], ADMIN_KEY + "x"):
         answer = await quiet_client.post(f"{BASE}/sign-in", data={"key": wrong})
         assert (answer.status_code, "set-cookie" in answer.headers) == (401, False)
@@ -235,7 +237,7 @@ async def test_changing_the_admin_key_ends_every_session(quiet_desk: httpx.Async
 async def test_a_cookie_that_this_server_did_not_sign_is_no_session(
     forged: str, quiet_client: httpx.AsyncClient
 ) -> None:
-    answer = await quiet_client.get(BASE, headers={"Cookie": b"kamiyo_session=" + forged.encode()})
+    answer = await quiet_client.get(BASE, headers={b"Cookie": b"kamiyo_session=" + forged.encode()})
     assert answer.status_code == 303
 
 
@@ -406,24 +408,25 @@ async def test_the_key_is_in_no_page_address_or_log_line_and_neither_is_anything
 async def test_in_an_application_of_the_users_own_it_stands_below_the_routers_prefix(
     prefix: str, root_path: str, database_url: str, settings: MakeSettings, db: Connection
 ) -> None:
-    app = FastAPI(root_path=root_path)
+    app = FastAPI()
     app.include_router(create_router(settings(KAMIYO_WORKER=False)), prefix=prefix)
     await put_dead(db, event_id="evt_1", customer="cus_1")
-    inside = f"{prefix}{PREFIX}/dashboard"
-    outside = root_path + inside
-    async with running_client(app) as client:
-        answer = await client.post(f"{inside}/sign-in", data={"key": ADMIN_KEY, "next": "/events"})
+    outside = f"{root_path}{prefix}{PREFIX}/dashboard"
+    # As `uvicorn --root-path` passes a request on that a proxy stripped of it.
+    transport = httpx.ASGITransport(app, root_path=root_path)
+    async with running_client(app), httpx.AsyncClient(transport=transport, base_url="http://kamiyo") as client:
+        answer = await client.post(f"{outside}/sign-in", data={"key": ADMIN_KEY, "next": "/events"})
         assert answer.headers["location"] == f"{outside}/events"
         assert f"Path={outside}" in answer.headers["set-cookie"]
         cookie = {"Cookie": answer.headers["set-cookie"].partition(";")[0]}
         for path in ("", "/", "/events", "/events/evt_1", "/failures", "/customers/cus_1", "/nowhere"):
-            text = (await client.get(inside + path, headers=cookie)).text
+            text = (await client.get(outside + path, headers=cookie)).text
             places = re.findall(r'(?:href|action|src)="([^"#][^"]*)"', text)
             assert len(places) > 5
             assert [place for place in places if not place.startswith(outside)] == []
         [style] = [place for place in places if "dashboard.css" in place]
-        assert (await client.get(style.removeprefix(root_path))).status_code == 200
-        assert (await client.get(f"{prefix}/dashboardx", headers=cookie)).status_code == 404
+        assert (await client.get(html.unescape(style))).status_code == 200
+        assert (await client.get(f"{outside}x", headers=cookie)).status_code == 404
 
 
 async def test_the_kamiyo_api_has_it_at_dashboard_and_docs_do_not_speak_of_it(quiet_desk: httpx.AsyncClient) -> None:
@@ -529,7 +532,8 @@ async def test_the_pictures_show_what_came_in_what_failed_how_long_it_took_and_w
     for _ in range(2):
         await put(db, status="failed")
     await put(db, status="pending", processed_at=None)
-    await queries.sample_backlog(db)
+    # The server took its look at this minute when it started.
+    await until(lambda: db.fetchval("UPDATE webhook_backlog_by_minute SET waiting = 1 RETURNING waiting"))
     for name in RANGES:
         text = await page(quiet_desk, f"?range={name}")
         figures = re.findall(r'<span class="picture-title">(\w+ ?\w*)</span>\s*<span class="figure">(.*?)</span>', text)
@@ -854,7 +858,7 @@ async def test_an_event_shows_the_row_before_and_after_as_stripe_tells_it(
     said = words(text)
     assert "Before: as Stripe tells it in this event. The row still stands like this." in said
     assert "billing.customers" in said
-    assert "created 2026-09-21 13:33:20 UTC" in said and "metadata.kept x" in said
+    assert "created 2026-09-21 14:13:20 UTC" in said and "metadata.kept x" in said
 
 
 async def test_where_stripe_does_not_say_what_was_before_the_event_before_it_does(
@@ -1008,7 +1012,7 @@ async def test_the_payload_is_a_tree_whose_ids_lead_on_and_whose_moments_are_in_
     tree = text[text.index('<ul class="tree">') :]
     assert f'<a class="v id" href="{BASE}/search?q=cus_12345678">cus_12345678</a>' in tree
     said = words(tree)
-    assert "created 1790000000 2026-09-21 13:33:20 UTC" in said
+    assert "created 1790000000 2026-09-21 14:13:20 UTC" in said
     assert "amount 1790000000 nothing null yes true" in said
     assert "list[ 3 items ] 0 1 1 2.5 2 x empty{ }" in said.replace("list [", "list[").replace("empty {", "empty{")
 
@@ -1428,7 +1432,7 @@ def test_the_place_of_an_error_is_its_last_frame(traceback: str, place: str | No
 def test_a_position_survives_its_way_through_an_address_to_the_microsecond() -> None:
     at = datetime(2026, 11, 23, 1, 2, 3, 456789, tzinfo=UTC)
     assert pages._position(pages._cursor((at, 7))) == (at, 7)
-    for nonsense in (None, "", "x", "A" * 400, "é", "====", "/////////////////////w"):
+    for nonsense in (None, "", "x", "A" * 400, "é", "====", "!!!!"):
         assert pages._position(nonsense) is None
 
 
@@ -1450,7 +1454,8 @@ def ledger_url(new_database: NewDatabase) -> str:
                    CASE WHEN n % 100 <> 0 AND n % 997 <> 0 THEN 'projected' END,
                    t, CASE WHEN n % 100 = 0 THEN t END,
                    CASE WHEN n % 300 = 0 OR n % 997 = 0 AND n % 100 <> 0 THEN t END,
-                   'invoice', 'in_' || n / 5, 'cus_' || n % 700, CASE WHEN n % 50 = 0 THEN 'acct_' || n % 1000 ELSE '' END
+                   'invoice', 'in_' || n / 5, 'cus_' || n % 700,
+                   CASE WHEN n % 50 = 0 THEN 'acct_' || n % 1000 ELSE '' END
             FROM (SELECT n, now() - n * interval '1 minute' AS t FROM generate_series(1, 20000) AS n) AS events;
             INSERT INTO webhook_failures (event_id, event_type, retry_count, error_type, error_message, fingerprint)
             SELECT event_id, event_type, n, 'Oops', 'no', 'f' || length(event_id) FROM webhook_events,

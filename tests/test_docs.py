@@ -188,7 +188,8 @@ def test_every_command_named_exists(document: Path) -> None:
 
 @every_document
 def test_every_make_target_named_exists(document: Path) -> None:
-    known = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    files = [ROOT / "Makefile", *(ROOT / "bench").glob("*.mk")]
+    known = [target for file in files for target in re.findall(r"^([a-z-]+):", file.read_text("utf-8"), re.MULTILINE)]
     assert set(re.findall(r"(?:^|\s)make ([a-z-]+)", code_of(document), re.MULTILINE)) <= set(known)
 
 

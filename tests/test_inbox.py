@@ -140,6 +140,22 @@ async def test_what_is_not_due_yet_is_not_claimed(db: Connection) -> None:
     assert await inbox.claim(db, 0) == (0, [])
 
 
+async def test_what_the_last_holder_of_a_lane_settled_a_moment_ago_is_not_claimed_again(
+    db: Connection, other: Connection
+) -> None:
+    queries = database.load_queries("inbox.sql")
+    await put(db, event("evt_1"), event("evt_2", customer="cus_2"))
+    held = [event_id for (event_id,) in await db.fetch(queries["hold"], 10)]
+    assert sorted(held) == ["evt_1", "evt_2"]
+    # It looked due in the snapshot in which its lane was still the other's.
+    await other.execute(
+        "UPDATE webhook_events SET status = 'processed', outcome = 'handled', next_try_at = NULL "
+        "WHERE event_id = 'evt_1'"
+    )
+    claimed = await db.fetch(queries["claim"], held, await db.fetchval(queries["next_claim"]))
+    assert [row["event_id"] for row in claimed] == ["evt_2"]
+
+
 async def test_a_claimed_event_carries_everything_that_was_stored_of_it(db: Connection) -> None:
     original = read(
         event_json("evt_1", "invoice.paid", {"id": "in_1", "object": "invoice"}, account="acct_1", created=NOW)

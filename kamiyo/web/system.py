@@ -141,17 +141,24 @@ async def _serve(system: System) -> None:
             tasks.create_task(system.worker.run())
 
 
+# Shares of the grace: for finishing, for taking back what did not finish, for saying goodbye to PostgreSQL. Together
+# they are less than the whole, because whoever waits for the end of the grace kills.
+_TO_FINISH, _TO_TAKE_BACK, _TO_CLOSE = 0.7, 0.15, 0.1
+
+
 async def _stop(system: System) -> None:
+    grace = system.settings.shutdown_grace
     system.receiver.close()
     system.worker.stop()
-    _, late = await asyncio.wait(system._tasks, timeout=system.settings.shutdown_grace) if system._tasks else (0, set())
-    if late:
-        system.worker.abandon()
-        for task in late:
-            task.cancel()
-        await asyncio.wait(late, timeout=5)
+    if system._tasks:
+        _, late = await asyncio.wait(system._tasks, timeout=grace * _TO_FINISH)
+        if late:
+            system.worker.abandon()
+            for task in late:
+                task.cancel()
+            await asyncio.wait(late, timeout=grace * _TO_TAKE_BACK)
     with contextlib.suppress(TimeoutError, *UNAVAILABLE):
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(grace * _TO_CLOSE):
             await system.pool.close()
     system.pool.terminate()
 
