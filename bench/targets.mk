@@ -3,7 +3,6 @@
 # wrk comes from the system (Debian, Ubuntu: apt install wrk). Everything else is installed on first use, into
 # bench/.cache, from locks.
 
-SECONDS ?= 4
 REPEATS ?= 3
 CONNECTIONS ?= 64,16,1
 PEERS ?=
@@ -13,11 +12,11 @@ ROWS ?= 10000000
 .PHONY: bench bench-growth bench-cut
 
 bench: $(VENV)/.runtime $(VENV)/.project ## Measure against other receivers (SECONDS=3 REPEATS=3 PEERS=… PROFILE=1)
-	@$(PY) -m bench.run --seconds $(SECONDS) --repeats $(REPEATS) --connections $(CONNECTIONS) \
+	@$(PY) -m bench.run --seconds $(or $(SECONDS),4) --repeats $(REPEATS) --connections $(CONNECTIONS) \
 		$(if $(PEERS),--peers $(PEERS)) $(if $(PROFILE),--profile) $(ARGS)
 
 bench-growth: $(VENV)/.runtime $(VENV)/.project ## Fill ten million events and measure again (ROWS=1000000)
-	@$(PY) -m bench.growth --rows $(ROWS) --seconds $(SECONDS) --repeats $(REPEATS) $(ARGS)
+	@$(PY) -m bench.growth --rows $(ROWS) --seconds $(or $(SECONDS),4) --repeats $(REPEATS) $(ARGS)
 
 bench-cut: $(VENV)/.runtime $(VENV)/.project ## Both for a moment, documentation untouched: that they still work
 	@$(PY) -m bench.run --seconds 1 --repeats 1 --connections 64 --no-docs --results bench/.cache/cut.json $(ARGS)

@@ -283,9 +283,9 @@ async def test_statistics_do_not_touch_the_ledger(mode: str, ledger: Connection)
 # ── By hand ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@modes
-async def test_pruning_starts_at_the_old_end_of_the_ledger(mode: str, ledger: Connection) -> None:
-    nodes = await plan(ledger, _SQL["prune"], datetime.now(UTC), 10, mode=mode)
+async def test_pruning_starts_at_the_old_end_of_the_ledger(ledger: Connection) -> None:
+    # A plan for any number would be dearer than one for this number, so PostgreSQL plans each chunk anew.
+    nodes = await plan(ledger, _SQL["prune"], datetime.now(UTC), 10, mode="force_custom_plan")
     assert not scanned(nodes) & {"webhook_events"}
     assert "webhook_events_created_at" in indexes(nodes)
     assert rows_read(nodes, "webhook_events_created_at") <= 20

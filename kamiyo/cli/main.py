@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from kamiyo.cli import conform, doctor, events, serve, simulate
+from kamiyo.cli import chaos, conform, doctor, events, serve, simulate
 from kamiyo.cli.console import complain
 from kamiyo.errors import KamiyoError
 
@@ -20,6 +20,7 @@ app.command("worker")(serve.worker)
 app.command("migrate")(serve.migrate)
 app.command("trigger")(simulate.trigger)
 app.command("conform")(conform.conform)
+app.command("chaos")(chaos.chaos)
 app.command("doctor")(doctor.doctor)
 app.add_typer(events.app, name="events")
 app.command("replay")(events.replay)

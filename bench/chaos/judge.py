@@ -1,0 +1,112 @@
+"""The verdict, in SQL: what was promised, what Stripe says, and what the tables say."""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from bench.chaos.stripe import Stripe
+from bench.chaos.traffic import Traffic
+from kamiyo.database import Connection
+
+_HERE = Path(__file__).parent
+
+#: The counts of the last line that must be 0, in its order.
+FAULTS = ("lost", "doubled", "backwards", "overlapped", "stuck")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One fault: the question of judge.sql that found it, what it is about, and why."""
+
+    question: str
+    what: str
+    why: str
+
+    @property
+    def fault(self) -> str:
+        """Which count of the last line it belongs to."""
+        return self.question.partition("_")[0]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the run came to. `events` are those acknowledged, `duplicates` acknowledged copies beyond the first."""
+
+    events: int
+    kills: int
+    duplicates: int
+    findings: tuple[Finding, ...]
+
+    def count(self, fault: str) -> int:
+        """How many faults of this kind."""
+        return sum(finding.fault == fault for finding in self.findings)
+
+    @property
+    def last_line(self) -> str:
+        """The run in one line."""
+        faults = " ".join(f"{fault}={self.count(fault)}" for fault in FAULTS)
+        return f"events={self.events} kills={self.kills} duplicates={self.duplicates} {faults}"
+
+
+async def prepare(db: Connection) -> None:
+    """Make the tables and triggers of the harness, in a database with Kamiyo's."""
+    await db.execute((_HERE / "tables.sql").read_text(encoding="utf-8"))
+
+
+async def testify(db: Connection, traffic: Traffic, stripe: Stripe) -> None:
+    """Write down what was sent and promised, and what Stripe says."""
+    await db.copy_records_to_table(
+        "sent",
+        schema_name="chaos",
+        records=(
+            (
+                *(letter.event_id, letter.event_type, letter.owner),
+                hashlib.md5(letter.body, usedforsecurity=False).hexdigest(),
+                *(letter.handled, letter.fate.value),
+                letter.fate.tries if letter.fate.is_poison else None,
+                *(stripe.answered[number], stripe.last_status.get(number, "never sent")),
+            )
+            for number, letter in enumerate(traffic.letters)
+        ),
+    )
+    for table, rows in traffic.truth.items():
+        columns = await db.fetch(
+            "SELECT column_name::text, data_type::text FROM information_schema.columns "
+            "WHERE table_schema = 'chaos' AND table_name = $1 ORDER BY ordinal_position",
+            table,
+        )
+        await db.set_type_codec("jsonb", schema="pg_catalog", encoder=_json, decoder=str, format="text")
+        await db.executemany(
+            # The names are this package's own.
+            f"INSERT INTO chaos.{table} ({', '.join(name for name, _ in columns)}) "  # noqa: S608
+            f"VALUES ({', '.join(f'${place}' for place in range(1, len(columns) + 1))})",
+            [[_value(row[name], kind) for name, kind in columns] for row in rows.values()],
+        )
+
+
+def _json(value: object) -> str:
+    return json.dumps(value)
+
+
+def _value(value: Any, kind: str) -> Any:
+    if kind == "timestamp with time zone" and value is not None:
+        return datetime.fromtimestamp(value, UTC)
+    return value
+
+
+async def judge(db: Connection, *, events: int, kills: int, duplicates: int) -> Verdict:
+    """Ask every question of judge.sql."""
+    findings: list[Finding] = []
+    for name, question in _questions().items():
+        findings += [Finding(name, what, why) for what, why in await db.fetch(question)]
+    return Verdict(events, kills, duplicates, tuple(findings))
+
+
+def _questions() -> dict[str, str]:
+    text = (_HERE / "judge.sql").read_text(encoding="utf-8")
+    _, *parts = re.split(r"^-- name: (\w+)$", text, flags=re.MULTILINE)
+    return dict(zip(parts[::2], parts[1::2], strict=True))

@@ -1,0 +1,187 @@
+-- The verdict. Each query finds one kind of fault and returns a line for each: (what, why).
+-- The word before the first underscore of its name is the count of the last line that it belongs to.
+
+-- name: lost_events
+-- Acknowledged, and not stored: the one promise of a 2xx.
+SELECT s.event_id AS what, 'answered 2xx ' || s.answered || ' times, and not stored' AS why
+FROM chaos.sent AS s
+WHERE s.answered > 0 AND NOT EXISTS (SELECT FROM webhook_events AS e WHERE e.event_id = s.event_id);
+
+-- name: lost_bodies
+-- Stored, but not as it was sent, byte for byte.
+SELECT s.event_id AS what, 'its body is ' || coalesce('another one', 'gone') AS why
+FROM chaos.sent AS s
+JOIN webhook_events AS e USING (event_id)
+LEFT JOIN webhook_payloads AS p ON p.seq = e.seq AND p.created_at = e.created_at
+WHERE md5(p.body) IS DISTINCT FROM s.body;
+
+-- name: lost_effects
+-- Said to be handled, and nothing came of it.
+SELECT s.event_id AS what, 'processed, and without its effect' AS why
+FROM chaos.sent AS s JOIN webhook_events AS e USING (event_id)
+WHERE s.handled AND e.status = 'processed' AND NOT EXISTS (SELECT FROM chaos.ledger AS l WHERE l.event_id = s.event_id);
+
+-- name: lost_neighbours
+-- Given up, though nothing is wrong with it: punished for what happened around it.
+SELECT s.event_id AS what, 'dead after ' || e.attempts || ' tries, the last one: ' || coalesce(
+           (SELECT f.error_type || ': ' || f.error_message FROM webhook_failures AS f
+            WHERE f.event_id = s.event_id ORDER BY f.id DESC LIMIT 1), 'none') AS why
+FROM chaos.sent AS s JOIN webhook_events AS e USING (event_id)
+WHERE s.tries IS NULL AND e.status = 'failed' AND e.next_try_at IS NULL;
+
+-- name: lost_rows
+-- Stripe has an object of which the billing tables know nothing.
+SELECT object_id AS what, 'not in ' || place AS why FROM (
+    SELECT 'customers' AS place, t.id AS object_id FROM chaos.customers AS t
+    WHERE NOT EXISTS (SELECT FROM billing.customers AS b WHERE (b.id, b.account, b.livemode) = (t.id, t.account, t.livemode))
+    UNION ALL
+    SELECT 'subscriptions', t.id FROM chaos.subscriptions AS t
+    WHERE NOT EXISTS (SELECT FROM billing.subscriptions AS b WHERE (b.id, b.account, b.livemode) = (t.id, t.account, t.livemode))
+    UNION ALL
+    SELECT 'invoices', t.id FROM chaos.invoices AS t
+    WHERE NOT EXISTS (SELECT FROM billing.invoices AS b WHERE (b.id, b.account, b.livemode) = (t.id, t.account, t.livemode))
+    UNION ALL
+    SELECT 'payment_methods', t.id FROM chaos.payment_methods AS t
+    WHERE NOT EXISTS (SELECT FROM billing.payment_methods AS b WHERE (b.id, b.account, b.livemode) = (t.id, t.account, t.livemode))
+) AS missing;
+
+-- name: lost_counts
+-- The statistics say less than the ledger of events.
+SELECT event_type AS what, 'statistics: ' || c::text || ', events: ' || e::text AS why FROM (
+    SELECT event_type, ARRAY[coalesce(s.total_events, 0), coalesce(s.processed, 0), coalesce(s.failed, 0)] AS c,
+           ARRAY[e.total, e.processed, e.failed] AS e
+    FROM (SELECT event_type, count(*) AS total, count(*) FILTER (WHERE status = 'processed') AS processed,
+                 count(*) FILTER (WHERE status = 'failed') AS failed FROM webhook_events GROUP BY event_type) AS e
+    LEFT JOIN webhook_statistics AS s USING (event_type)
+) AS counts
+WHERE c[1] < e[1] OR c[2] < e[2] OR c[3] < e[3];
+
+-- name: doubled_effects
+-- More than one line in the ledger, or a line for an event that is not processed.
+SELECT l.event_id AS what, count(*) || ' effects, and it is ' || coalesce(min(e.status), 'not stored') AS why
+FROM chaos.ledger AS l LEFT JOIN webhook_events AS e USING (event_id)
+GROUP BY l.event_id
+HAVING count(*) > 1 OR min(e.status) IS DISTINCT FROM 'processed';
+
+-- name: doubled_balances
+-- The balances do not add up to the ledger.
+SELECT coalesce(a.owner, l.owner) AS what,
+       'a balance of ' || coalesce(a.credits, 0) || ', lines: ' || coalesce(l.lines, 0) AS why
+FROM chaos.accounts AS a
+FULL JOIN (SELECT owner, count(*) AS lines FROM chaos.ledger GROUP BY owner) AS l USING (owner)
+WHERE a.credits IS DISTINCT FROM l.lines;
+
+-- name: doubled_outcomes
+-- Became processed more than once.
+SELECT event_id AS what, 'became processed ' || count(*) || ' times' AS why
+FROM chaos.history WHERE became = 'processed' GROUP BY event_id HAVING count(*) > 1;
+
+-- name: doubled_events
+-- Stored, and never sent.
+SELECT e.event_id AS what, 'nobody sent it' AS why FROM webhook_events AS e
+WHERE NOT EXISTS (SELECT FROM chaos.sent AS s WHERE s.event_id = e.event_id);
+
+-- name: doubled_counts
+-- The statistics say more than the ledger of events.
+SELECT event_type AS what, 'statistics: ' || c::text || ', events: ' || e::text AS why FROM (
+    SELECT event_type, ARRAY[s.total_events, s.processed, s.failed]::bigint[] AS c,
+           ARRAY[coalesce(e.total, 0), coalesce(e.processed, 0), coalesce(e.failed, 0)] AS e
+    FROM webhook_statistics AS s
+    LEFT JOIN (SELECT event_type, count(*) AS total, count(*) FILTER (WHERE status = 'processed') AS processed,
+                      count(*) FILTER (WHERE status = 'failed') AS failed FROM webhook_events GROUP BY event_type) AS e
+    USING (event_type)
+) AS counts
+WHERE c[1] > e[1] OR c[2] > e[2] OR c[3] > e[3];
+
+-- name: backwards_rows
+-- A billing row that does not say what Stripe says, or that Stripe knows nothing of.
+SELECT object_id AS what, place || ': ' || coalesce(
+           (SELECT string_agg(format('%s is %s, Stripe says %s', key, left((ours -> key)::text, 40), left(value::text, 40)), '; ')
+            FROM jsonb_each(stripes) WHERE value IS DISTINCT FROM ours -> key), 'Stripe has no such object') AS why
+FROM (
+    SELECT 'customers' AS place, b.id AS object_id, to_jsonb(b) AS ours, to_jsonb(t) AS stripes
+    FROM billing.customers AS b LEFT JOIN chaos.customers AS t USING (id, account, livemode)
+    UNION ALL
+    SELECT 'subscriptions', b.id, to_jsonb(b), to_jsonb(t)
+    FROM billing.subscriptions AS b LEFT JOIN chaos.subscriptions AS t USING (id, account, livemode)
+    UNION ALL
+    SELECT 'invoices', b.id, to_jsonb(b), to_jsonb(t)
+    FROM billing.invoices AS b LEFT JOIN chaos.invoices AS t USING (id, account, livemode)
+    UNION ALL
+    SELECT 'payment_methods', b.id, to_jsonb(b), to_jsonb(t)
+    FROM billing.payment_methods AS b LEFT JOIN chaos.payment_methods AS t USING (id, account, livemode)
+) AS compared
+WHERE stripes IS NULL OR EXISTS (SELECT FROM jsonb_each(stripes) WHERE value IS DISTINCT FROM ours -> key);
+
+-- name: backwards_meanwhile
+-- A billing row that was overwritten by an older event, even if it was right again in the end.
+SELECT object_id AS what, place || ': from ' || from_event || ' back to ' || to_event AS why FROM chaos.regressions;
+
+-- name: backwards_order
+-- Of the events of one owner that were claimed together, a later one took effect before an earlier one.
+SELECT event_id AS what, 'claim ' || claim || ': after ' || before || ', which happened later' AS why
+FROM (
+    SELECT l.event_id, l.claim, lag(l.event_id) OVER claimed AS before,
+           (e.stripe_created, e.seq) < (lag(e.stripe_created) OVER claimed, lag(e.seq) OVER claimed) AS inverted
+    FROM chaos.ledger AS l JOIN webhook_events AS e USING (event_id)
+    WINDOW claimed AS (PARTITION BY l.owner, l.claim ORDER BY l.id)
+) AS ordered
+WHERE inverted;
+
+-- name: backwards_unsaid
+-- A newer event of the object had been handled already, and the handler of this one was not told.
+SELECT event_id AS what, 'handled after a newer one of ' || object_id || ', and not told that it is superseded' AS why
+FROM (
+    SELECT l.event_id, l.superseded, e.object_id, e.stripe_created,
+           max(e.stripe_created) OVER (PARTITION BY e.account, e.object_type, e.object_id ORDER BY l.id) AS newest
+    FROM chaos.ledger AS l JOIN webhook_events AS e USING (event_id)
+    WHERE e.object_type IN ('customer', 'subscription', 'invoice', 'payment_method')
+      -- What ends an object is the newest of it whatever the clock says.
+      AND e.event_type NOT IN ('customer.deleted', 'customer.subscription.deleted', 'invoice.paid', 'payment_method.detached')
+) AS handled
+WHERE stripe_created < newest AND NOT superseded;
+
+-- name: overlapped_marks
+-- When this run began, another one of the same owner had not ended, and its transaction was open.
+SELECT r.event_id AS what, 'of ' || r.owner || ': ran beside ' ||
+       (SELECT string_agg(o.event_id, ', ') FROM chaos.runs AS o WHERE o.id = ANY (r.beside)) AS why
+FROM chaos.runs AS r WHERE r.beside IS NOT NULL;
+
+-- name: overlapped_effects
+-- Two runs of one owner took effect, and one began before the other had ended.
+SELECT event_id AS what, 'of ' || owner || ': began ' || (busy_until - started_at) || ' before the one before it ended' AS why
+FROM (
+    SELECT r.event_id, r.owner, r.started_at,
+           max(r.ended_at) OVER (PARTITION BY r.owner ORDER BY r.started_at, r.id
+                                 ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS busy_until
+    FROM chaos.runs AS r JOIN chaos.ledger AS l ON l.run = r.id
+) AS intervals
+WHERE started_at < busy_until;
+
+-- name: overlapped_nothing
+-- An effect whose run has no marks would escape the two questions above.
+SELECT l.event_id AS what, 'took effect without both marks' AS why
+FROM chaos.ledger AS l LEFT JOIN chaos.runs AS r ON r.id = l.run
+WHERE r.ended_at IS NULL;
+
+-- name: stuck_events
+-- Everything is at rest, and this one has neither outcome nor end.
+SELECT e.event_id AS what, e.status || ', ' || e.attempts || ' tries' || CASE WHEN e.suspect THEN ', suspect' ELSE '' END AS why
+FROM webhook_events AS e
+WHERE e.status IN ('pending', 'processing') OR e.next_try_at IS NOT NULL;
+
+-- name: stuck_unanswered
+-- Sent again and again, and never answered 2xx.
+SELECT event_id AS what, 'never answered 2xx, last of all ' || last_status AS why FROM chaos.sent WHERE answered = 0;
+
+-- name: stuck_poison
+-- Poison that is not dead, or not after the tries it gets, each written down once.
+SELECT s.event_id AS what, s.fate || ': ' || e.status || ' after ' || e.attempts || ' tries, recorded: ' || f.tries::text AS why
+FROM chaos.sent AS s
+JOIN webhook_events AS e USING (event_id)
+CROSS JOIN LATERAL (
+    SELECT coalesce(array_agg(retry_count::int ORDER BY id), '{}') AS tries FROM webhook_failures WHERE event_id = s.event_id
+) AS f
+WHERE s.tries IS NOT NULL
+  AND NOT (e.status = 'failed' AND e.next_try_at IS NULL AND e.attempts = s.tries
+           AND f.tries = (SELECT array_agg(n) FROM generate_series(1, s.tries) AS n));

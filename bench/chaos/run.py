@@ -1,0 +1,215 @@
+"""One run, from the first process to the last line."""
+
+import asyncio
+import json
+import logging
+import random
+import signal
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import asyncpg
+import uvloop
+
+from bench.chaos.broken import FAULTS
+from bench.chaos.crew import Crew, environment, working
+from bench.chaos.ground import Folder, free_ports, listening, own_disk, postgres
+from bench.chaos.judge import Verdict, judge, testify
+from bench.chaos.proxy import carrying
+from bench.chaos.schedule import APIS, WORKERS, schedule
+from bench.chaos.storm import ADMIN_KEY, Storm, narrate
+from bench.chaos.stripe import SECRET, Stripe
+from bench.chaos.traffic import Fate, Traffic, traffic
+from bench.chaos.variables import BROKEN, FATES_FILE, MARKS_URL
+from kamiyo.postgres import EmbeddedPostgres
+from kamiyo.retry import MAX_ATTEMPTS, delay_after
+
+_log = logging.getLogger("chaos")
+
+#: Events a second: what two cores take beside all the rest of this.
+RATE = 90.0
+
+# Findings of one kind that are shown.
+_SHOWN = 5
+
+# How long everything may take to be answered once the storm is over, in seconds.
+_ANSWERED_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Kamiyo's times, in seconds, short enough for a run's length. Production's are longer; the code is the same."""
+
+    handler_timeout: float
+    idle_limit: float
+    first_retry: float
+    grace: float = 5.0
+
+    @property
+    def fence(self) -> float:
+        """After how long PostgreSQL ends a session that says nothing."""
+        return self.handler_timeout + self.idle_limit
+
+    @property
+    def longest_wait(self) -> float:
+        """The longest time in which nothing happens though something is still to come: the wait for the last try, or
+        until a dead worker's session is ended and its events are found."""
+        return 1.2 * (delay_after(MAX_ATTEMPTS - 1, first=self.first_retry) or 0) + self.fence + 6
+
+
+def pace_of(seconds: float) -> Pace:
+    """The times that fit a storm of `seconds`."""
+    if seconds <= 30:
+        return Pace(handler_timeout=1.0, idle_limit=1.5, first_retry=0.02)
+    return Pace(handler_timeout=2.0, idle_limit=2.0, first_retry=0.1)
+
+
+def main(
+    *,
+    seconds: float,
+    seed: int,
+    broken: str | None = None,
+    must_be_caught: bool = False,
+    only_schedule: bool = False,
+) -> int:
+    """Run it, print what it came to, and return the exit status: 0, 1 for a fault, 130 when it was interrupted.
+
+    With `must_be_caught` it is 0 if the broken build was caught by the count that is meant for its fault, else 1.
+    """
+    pace = pace_of(seconds)
+    if only_schedule:
+        for blow in schedule(seed, seconds, fence=pace.fence):
+            print(blow)
+        return 0
+    narrate()
+    try:
+        verdict = uvloop.run(_run(seconds, seed, broken, pace))
+    except (asyncio.CancelledError, KeyboardInterrupt):
+        return 130
+    _print(verdict, broken)
+    if broken is not None and must_be_caught:
+        return 0 if verdict.count(FAULTS[broken].caught_as) else 1
+    return 1 if verdict.findings else 0
+
+
+async def _run(seconds: float, seed: int, broken: str | None, pace: Pace) -> Verdict:
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    sent = traffic(seed, seconds, rate=RATE)
+    with Folder() as folder, own_disk(folder.path) as disk:
+        blows = schedule(seed, seconds, fence=pace.fence, disk=disk is not None)
+        print(
+            f"seed {seed}, {seconds:g} s: {len(sent.letters)} events of {sent.customers} customers, {len(blows)} blows"
+            + ("" if disk else "; no disk of its own can be had, so none is filled")
+            + (f"; a broken build: {broken}" if broken else ""),
+            flush=True,
+        )
+        async with postgres((disk or folder.path) / "postgres") as server, carrying(server.url) as proxy:
+            ports = free_ports(APIS)
+            stripe = Stripe(sent.letters, ports, random.Random(f"stripe/{seed}"))
+            env = _environment(proxy.url, server.url, sent, folder.path, pace, broken)
+            async with working(ports, WORKERS, env, folder.path) as crew:
+                await listening(ports)
+                rng = random.Random(f"targets/{seed}")
+                storm = Storm(crew, proxy, stripe, server, rng, pace.fence, pace.grace, disk)
+                posting = asyncio.create_task(stripe.post(sent.postings))
+                try:
+                    await storm.rage(blows)
+                    _log.info("the storm is over")
+                    await asyncio.wait([posting], timeout=_ANSWERED_SECONDS)
+                    await _rest(server, pace)
+                finally:
+                    posting.cancel()
+                    await asyncio.wait([posting])
+                _tell(stripe, crew)
+                kills = storm.kills
+            if not posting.cancelled():
+                posting.result()
+            verdict = await _verdict(server, sent, stripe, kills)
+        if verdict.findings and broken is None:
+            folder.keep()
+            print(f"logs: {folder.path}")
+        return verdict
+
+
+async def _rest(server: EmbeddedPostgres, pace: Pace) -> None:
+    """Wait until every event is at rest, or until it is clear that some never will be."""
+    db = await asyncpg.connect(server.url)
+    try:
+        # An event that is taken up and put back for ever is never at rest either.
+        deadline = time.monotonic() + 4 * pace.longest_wait + 30
+        seen, seen_at = -1, time.monotonic()
+        while time.monotonic() < min(deadline, seen_at + pace.longest_wait):
+            waiting = await db.fetchval("SELECT count(*) FROM webhook_events WHERE next_try_at IS NOT NULL")
+            changes = await db.fetchval("SELECT coalesce(max(id), 0) FROM chaos.history")
+            if not waiting:
+                _log.info("everything is at rest")
+                return
+            if changes != seen:
+                seen, seen_at = changes, time.monotonic()
+            await asyncio.sleep(0.1)
+        _log.info("%d events do not come to rest", waiting)
+    finally:
+        await db.close()
+
+
+async def _verdict(server: EmbeddedPostgres, sent: Traffic, stripe: Stripe, kills: int) -> Verdict:
+    db = await asyncpg.connect(server.url)
+    try:
+        await testify(db, sent, stripe)
+        return await judge(db, events=len(stripe.answered), kills=kills, duplicates=stripe.duplicates)
+    finally:
+        await db.close()
+
+
+def _environment(
+    url: str, marks_url: str, sent: Traffic, folder: Path, pace: Pace, broken: str | None
+) -> dict[str, str]:
+    fates = folder / "fates.json"
+    fates.write_text(
+        json.dumps({letter.event_id: letter.fate for letter in sent.letters if letter.fate is not Fate.plain})
+    )
+    return environment(
+        DATABASE_URL=url,
+        STRIPE_WEBHOOK_SECRET=SECRET,
+        ADMIN_API_KEY=ADMIN_KEY,
+        KAMIYO_HANDLERS="bench.chaos.handlers",
+        KAMIYO_HANDLER_TIMEOUT=str(pace.handler_timeout),
+        KAMIYO_IDLE_LIMIT=str(pace.idle_limit),
+        KAMIYO_FIRST_RETRY_DELAY=str(pace.first_retry),
+        KAMIYO_SHUTDOWN_GRACE=str(pace.grace),
+        KAMIYO_COMMIT_TIMEOUT="3",
+        # Few, so that they run out.
+        KAMIYO_POOL_SIZE="6",
+        KAMIYO_WORKER_CONCURRENCY="3",
+        KAMIYO_WORKER_BATCH="60",
+        KAMIYO_WATCHDOG="true",
+        KAMIYO_LOG_FORMAT="json",
+        **{MARKS_URL: marks_url, FATES_FILE: str(fates), BROKEN: broken or ""},
+    )
+
+
+def _tell(stripe: Stripe, crew: Crew) -> None:
+    print("answers: " + ", ".join(f"{count} × {status}" for status, count in sorted(stripe.statuses.items())))
+    for member in crew.members:
+        ends = ", ".join(f"{count} × {status}" for status, count in sorted(Counter(member.statuses).items()))
+        print(f"{member.name}: ended with status {ends or 'none'}; slowest stop {member.slowest_stop:.1f} s")
+
+
+def _print(verdict: Verdict, broken: str | None) -> None:
+    shown: Counter[str] = Counter()
+    for finding in verdict.findings:
+        shown[finding.question] += 1
+        if shown[finding.question] <= _SHOWN:
+            print(f"{finding.question}: {finding.what}: {finding.why}")
+    for question, count in shown.items():
+        if count > _SHOWN:
+            print(f"{question}: {count - _SHOWN} more")
+    if broken is not None:
+        fault = FAULTS[broken].caught_as
+        caught = verdict.count(fault)
+        print(f"{broken}: {f'caught, {fault}={caught}' if caught else f'NOT CAUGHT, {fault}=0'}")
+    print(verdict.last_line, flush=True)

@@ -1,0 +1,270 @@
+"""Does to a running system what the schedule says."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import asyncpg
+import httpx
+
+from bench.chaos.crew import Crew
+from bench.chaos.proxy import Flow, Proxy
+from bench.chaos.schedule import Act, Blow
+from bench.chaos.stripe import Stripe
+from kamiyo.database import DATABASE_ERRORS, Connection
+from kamiyo.postgres import EmbeddedPostgres, EmbeddedPostgresError
+
+_log = logging.getLogger("chaos")
+
+ADMIN_KEY = "admin_key_of_the_storm"
+
+# Stripe's tolerance is 300 s; these are on its far side, both ways.
+_CLOCK_JUMPS = (-86_400, -301 - 10, 301 + 10, 86_400)
+
+# How often a start of PostgreSQL is tried, with 0.2 s between.
+_STARTS = 100
+
+_LOCKS = (
+    "LOCK TABLE webhook_events IN SHARE MODE",
+    "LOCK TABLE billing.invoices IN SHARE ROW EXCLUSIVE MODE",
+    "LOCK TABLE webhook_payloads IN ACCESS EXCLUSIVE MODE",
+    "SELECT FROM billing.customers FOR UPDATE",
+)
+
+
+@dataclass
+class Storm:
+    """A running system, and what is done to it.
+
+    `disk` is the folder of a disk of its own that PostgreSQL's data is on, None where there is none. `fence` and
+    `grace` are in seconds: after how long PostgreSQL ends a silent session, and how long a SIGTERM may take.
+    """
+
+    crew: Crew
+    proxy: Proxy
+    stripe: Stripe
+    server: EmbeddedPostgres
+    rng: random.Random
+    fence: float
+    grace: float
+    disk: Path | None
+    crashes: int = 0
+    _server_door: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def kills(self) -> int:
+        """Processes that ended by force: killed, crashed on purpose, taken down by a poison."""
+        return self.crew.violent + self.crashes
+
+    async def rage(self, blows: Sequence[Blow]) -> None:
+        """Strike each blow at its time, counted from now; return when all of them are over."""
+        began = time.monotonic()
+        async with asyncio.TaskGroup() as tasks:
+            for blow in blows:
+                await asyncio.sleep(max(0.0, began + blow.at - time.monotonic()))
+                _log.info("%s", blow)
+                tasks.create_task(self._strike(blow))
+
+    async def _strike(self, blow: Blow) -> None:
+        acts: dict[Act, Callable[[Blow], Awaitable[None]]] = {
+            Act.kill_api: self._kill_api,
+            Act.kill_worker: self._kill_worker,
+            Act.restart_api: self._restart_api,
+            Act.restart_worker: self._restart_worker,
+            Act.pause_worker: self._pause_worker,
+            Act.pause_api: self._pause_api,
+            Act.crash_postgres: self._crash_postgres,
+            Act.kill_postgres: self._kill_postgres,
+            Act.restart_postgres: self._restart_postgres,
+            Act.cut: self._cut,
+            Act.swallow: self._swallow,
+            Act.freeze: self._freeze,
+            Act.blackhole: self._blackhole,
+            Act.unreachable: self._unreachable,
+            Act.terminate: self._terminate,
+            Act.exhaust: self._exhaust,
+            Act.lock: self._lock,
+            Act.log_full: self._log_full,
+            Act.disk_full: self._disk_full,
+            Act.clock: self._clock,
+        }
+        await acts[blow.act](blow)
+
+    # ── Processes ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _kill_api(self, blow: Blow) -> None:
+        self.crew.apis[blow.target % len(self.crew.apis)].signal(signal.SIGKILL)
+
+    async def _kill_worker(self, blow: Blow) -> None:
+        self.crew.workers[blow.target % len(self.crew.workers)].signal(signal.SIGKILL)
+
+    async def _restart_api(self, blow: Blow) -> None:
+        await self.crew.apis[blow.target % len(self.crew.apis)].restart(self.grace)
+
+    async def _restart_worker(self, blow: Blow) -> None:
+        await self.crew.workers[blow.target % len(self.crew.workers)].restart(self.grace)
+
+    async def _pause_worker(self, blow: Blow) -> None:
+        await self.crew.workers[blow.target % len(self.crew.workers)].pause(blow.seconds)
+
+    async def _pause_api(self, blow: Blow) -> None:
+        await self.crew.apis[blow.target % len(self.crew.apis)].pause(blow.seconds)
+
+    async def _log_full(self, blow: Blow) -> None:
+        members = self.crew.members
+        await members[blow.target % len(members)].log_to_full_disk(blow.seconds)
+
+    # ── PostgreSQL ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _crash_postgres(self, blow: Blow) -> None:
+        self.crashes += 1
+        await self._serve_again(partial(self.server.restart, immediate=True))
+
+    async def _restart_postgres(self, blow: Blow) -> None:
+        await self._serve_again(self.server.restart)
+
+    async def _kill_postgres(self, blow: Blow) -> None:
+        def kill() -> None:
+            pid = self.server.pid
+            if pid is not None:
+                self.crashes += 1
+                os.kill(pid, signal.SIGKILL)
+
+        await self._serve_again(kill)
+
+    async def _serve_again(self, strike: Callable[[], None]) -> None:
+        async with self._server_door:
+            with contextlib.suppress(EmbeddedPostgresError):
+                await asyncio.to_thread(strike)
+            # On a full disk PostgreSQL does not start: whoever runs one makes room, and starts it again.
+            for _ in range(_STARTS):
+                with contextlib.suppress(EmbeddedPostgresError):
+                    await asyncio.to_thread(self.server.ensure_running)
+                    return
+                await asyncio.sleep(0.2)
+            raise RuntimeError("PostgreSQL does not start again")
+
+    async def _disk_full(self, blow: Blow) -> None:
+        if self.disk is None:
+            return
+        ballast = self.disk / "ballast"
+        try:
+            await asyncio.to_thread(_fill, ballast)
+            await asyncio.sleep(blow.seconds)
+        finally:
+            ballast.unlink(missing_ok=True)
+            # A PostgreSQL that cannot write its log of changes ends itself.
+            await self._serve_again(lambda: None)
+
+    async def _terminate(self, blow: Blow) -> None:
+        async def terminate(db: Connection) -> None:
+            pids = [
+                pid
+                for (pid,) in await db.fetch(
+                    "SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'kamiyo%' ORDER BY backend_start"
+                )
+            ]
+            for pid in self.rng.sample(pids, round(blow.share * len(pids))):
+                await db.execute("SELECT pg_terminate_backend($1)", pid)
+
+        await self._ask(terminate)
+
+    async def _exhaust(self, blow: Blow) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for port in self.stripe.ports:
+                tasks.create_task(_ask_much(port, blow.seconds))
+            tasks.create_task(self._take_every_slot(blow.seconds))
+
+    async def _take_every_slot(self, seconds: float) -> None:
+        taken: list[asyncpg.Connection[asyncpg.Record]] = []
+        with contextlib.suppress(*DATABASE_ERRORS):
+            while len(taken) < 500:
+                taken.append(await asyncpg.connect(self.server.url, timeout=2))
+        await asyncio.sleep(seconds)
+        for connection in taken:
+            connection.terminate()
+
+    async def _lock(self, blow: Blow) -> None:
+        async def lock(db: Connection) -> None:
+            async with db.transaction():
+                await db.execute("SET LOCAL lock_timeout = '2s'")
+                await db.execute(_LOCKS[blow.target % len(_LOCKS)])
+                await asyncio.sleep(blow.seconds)
+
+        await self._ask(lock)
+
+    async def _ask(self, work: Callable[[Connection], Awaitable[None]]) -> None:
+        # Another blow may have taken PostgreSQL away: then this one misses.
+        with contextlib.suppress(*DATABASE_ERRORS):
+            db = await asyncpg.connect(self.server.url, timeout=3, server_settings={"application_name": "chaos"})
+            try:
+                await work(db)
+            finally:
+                db.terminate()
+
+    # ── The wires ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _cut(self, blow: Blow) -> None:
+        self.proxy.cut(blow.share, self.rng)
+
+    async def _swallow(self, blow: Blow) -> None:
+        await self.proxy.hold(blow.share, self.rng, Flow.asks, blow.seconds)
+
+    async def _freeze(self, blow: Blow) -> None:
+        await self.proxy.hold(blow.share, self.rng, Flow.nothing, blow.seconds)
+
+    async def _blackhole(self, blow: Blow) -> None:
+        self.proxy.blackhole(blow.share, self.rng)
+
+    async def _unreachable(self, blow: Blow) -> None:
+        async with self.proxy.unreachable():
+            await asyncio.sleep(blow.seconds)
+
+    async def _clock(self, blow: Blow) -> None:
+        self.stripe.clock_offset = _CLOCK_JUMPS[blow.target % len(_CLOCK_JUMPS)]
+        try:
+            await asyncio.sleep(blow.seconds)
+        finally:
+            self.stripe.clock_offset = 0
+
+
+def _fill(ballast: Path) -> None:
+    with ballast.open("wb") as file:
+        # Twice, for what PostgreSQL gave back meanwhile.
+        for _ in range(2):
+            free = os.statvfs(ballast.parent)
+            with contextlib.suppress(OSError):
+                os.posix_fallocate(file.fileno(), file.seek(0, os.SEEK_END), max(free.f_bavail * free.f_frsize, 1))
+
+
+async def _ask_much(port: int, seconds: float) -> None:
+    """What impatient operators and a scraper ask, all at once: each takes a connection of the server's pool."""
+    calls = ("/api/v1/webhooks/health", "/api/v1/webhooks/statistics?days=7", "/metrics")
+    until = time.monotonic() + seconds
+    async with httpx.AsyncClient(
+        base_url=f"http://127.0.0.1:{port}", timeout=5, headers={"X-Admin-Key": ADMIN_KEY}, trust_env=False
+    ) as client:
+
+        async def ask(call: str) -> None:
+            while time.monotonic() < until:
+                with contextlib.suppress(httpx.HTTPError):
+                    await client.get(call)
+                await asyncio.sleep(0)
+
+        await asyncio.gather(*(ask(call) for call in calls for _ in range(8)))
+
+
+def narrate() -> None:
+    """Say on standard error what is done, with the time."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
+    for noisy in ("httpx", "httpcore", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)

@@ -1,0 +1,10 @@
+"""What the harness tells its processes, beside Kamiyo's own settings: names of environment variables."""
+
+#: Where marks are written: straight to PostgreSQL, past the proxy.
+MARKS_URL = "KAMIYO_CHAOS_MARKS_URL"
+
+#: A file with the fates of events, by id, as JSON.
+FATES_FILE = "KAMIYO_CHAOS_FATES"
+
+#: Which fault this build has; unset for none.
+BROKEN = "KAMIYO_CHAOS_BROKEN"
