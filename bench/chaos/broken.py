@@ -18,7 +18,7 @@ from kamiyo.database import Connection
 
 # How long the forbidden moment lasts in a broken build, in seconds. A real fault's is shorter and is met more rarely;
 # what is to be shown is that the judge sees it.
-_MOMENT_SECONDS = 0.03
+_MOMENT_SECONDS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,17 +57,18 @@ def _settle_outside_transaction() -> None:
         if waiting is not None:
             waiting += settled
 
-    async def run_and_settle(self: worker.Worker, db: Connection, number: int, chunk: Sequence[Any]) -> None:
+    async def run_and_settle(self: worker.Worker, db: Connection, number: int, chunk: Sequence[Any]) -> int:
         waiting: list[inbox.Settled] = []
         before = postponed.set(waiting)
         try:
-            await run_chunk(self, db, number, chunk)
+            tried = await run_chunk(self, db, number, chunk)
         finally:
             postponed.reset(before)
         # The effects are committed; that they are done is not, yet.
         await asyncio.sleep(_MOMENT_SECONDS)
         if waiting:
             await succeed(db, number, waiting)
+        return tried
 
     _replace(inbox, "succeed", postpone)
     _replace(worker.Worker, "_run_chunk", run_and_settle)

@@ -101,12 +101,13 @@ def _value(value: Any, kind: str) -> Any:
 async def judge(db: Connection, *, events: int, kills: int, duplicates: int) -> Verdict:
     """Ask every question of judge.sql."""
     findings: list[Finding] = []
-    for name, question in _questions().items():
+    for name, question in questions().items():
         findings += [Finding(name, what, why) for what, why in await db.fetch(question)]
     return Verdict(events, kills, duplicates, tuple(findings))
 
 
-def _questions() -> dict[str, str]:
+def questions() -> dict[str, str]:
+    """Every question of judge.sql by its name."""
     text = (_HERE / "judge.sql").read_text(encoding="utf-8")
     _, *parts = re.split(r"^-- name: (\w+)$", text, flags=re.MULTILINE)
     return dict(zip(parts[::2], parts[1::2], strict=True))

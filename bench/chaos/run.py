@@ -98,7 +98,8 @@ async def _run(seconds: float, seed: int, broken: str | None, pace: Pace) -> Ver
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    sent = traffic(seed, seconds, rate=RATE)
+    # A broken build is to be caught for its fault, soon, and not while a poison is waited for.
+    sent = traffic(seed, seconds, rate=RATE, gentle=broken is not None)
     with Folder() as folder, own_disk(folder.path) as disk:
         blows = schedule(seed, seconds, fence=pace.fence, disk=disk is not None)
         print(

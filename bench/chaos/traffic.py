@@ -106,8 +106,8 @@ def owner_of(event: Event) -> str:
     return f"{event.account}/{event.customer or event.object_id or event.id}"
 
 
-def traffic(seed: int, seconds: float, *, rate: float) -> Traffic:
-    """About `rate` events a second for `seconds`."""
+def traffic(seed: int, seconds: float, *, rate: float, gentle: bool = False) -> Traffic:
+    """About `rate` events a second for `seconds`; if `gentle`, without poison that takes a process or long."""
     rng = random.Random(f"traffic/{seed}")
     # Two accounts, of which one is a connected account, so that the same ids could mean two things.
     worlds = [
@@ -127,7 +127,7 @@ def traffic(seed: int, seconds: float, *, rate: float) -> Traffic:
     postings.sort(key=lambda posting: posting.at)
     due = {posting.letter: posting.at for posting in reversed(postings)}
     letters = [_letter(event, version) for event, version in told]
-    fates = _fates(letters, due, rng, seconds)
+    fates = _fates(letters, due, rng, seconds, gentle)
     letters = [
         Letter(one.event_id, one.event_type, one.owner, one.body, fates.get(number, Fate.plain))
         for number, one in enumerate(letters)
@@ -181,13 +181,17 @@ _FATES: dict[Fate, tuple[float, int, int]] = {
 }
 
 
-def _fates(letters: Sequence[Letter], due: dict[int, float], rng: random.Random, seconds: float) -> dict[int, Fate]:
+def _fates(
+    letters: Sequence[Letter], due: dict[int, float], rng: random.Random, seconds: float, gentle: bool
+) -> dict[int, Fate]:
     """The events that do not simply succeed. All come in the first half, so that five tries end in time."""
     candidates = [number for number, letter in enumerate(letters) if letter.handled and due[number] < 0.5 * seconds]
     rng.shuffle(candidates)
     handled = sum(letter.handled for letter in letters)
     fates: dict[int, Fate] = {}
     for fate, (share, least, most) in _FATES.items():
+        if gentle and fate in (Fate.leaves, Fate.hangs, Fate.kills, Fate.blocks):
+            continue
         for _ in range(min(max(least, int(handled * share / 1000)), most, len(candidates))):
             fates[candidates.pop()] = fate
     return fates

@@ -77,6 +77,7 @@
     if (!button) return;
     if (button.matches(".pause")) {
       paused = !paused;
+      clearTimeout(timer);
       showPause();
       if (!paused) look();
     } else if (button.dataset.copy !== undefined) {

@@ -1,0 +1,342 @@
+"""The storm: real processes, killed, paused and cut off, and the tables judged in SQL. And what it has found.
+
+Here it is short. `make chaos` runs ten minutes of it, and `make faults` every broken build.
+"""
+
+import asyncio
+import contextlib
+import random
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+
+from bench.chaos.broken import FAULTS
+from bench.chaos.judge import judge, prepare, questions, testify
+from bench.chaos.proxy import carrying
+from bench.chaos.schedule import schedule
+from bench.chaos.stripe import Stripe
+from bench.chaos.traffic import traffic
+from kamiyo import database
+from kamiyo.cli import chaos as command
+from kamiyo.database import Connection
+from kamiyo.errors import KamiyoError
+from kamiyo.event import Event
+from kamiyo.handlers import Registry
+from kamiyo.web import create_app
+from kamiyo.worker import Worker
+from tests.conftest import (
+    ROOT,
+    MakeSettings,
+    NewDatabase,
+    deliver,
+    event_json,
+    fresh_id,
+    running_client,
+    settled,
+    until,
+)
+from tests.turns import NOW, example, put, work_off, worker_on
+
+_LAST_LINE = re.compile(
+    r"events=(\d+) kills=(\d+) duplicates=(\d+) lost=(\d+) doubled=(\d+) backwards=(\d+) overlapped=(\d+) stuck=(\d+)"
+)
+_FAULTS_TRIED = ("acknowledges-before-commit", "settles-outside-transaction", "orders-by-arrival")
+
+
+@contextlib.contextmanager
+def _storm(*words: str) -> Iterator["subprocess.Popen[str]"]:
+    """`python -m bench.chaos` with these words, ended with all of its processes at the end of the block."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bench.chaos", *words],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.communicate(timeout=30)
+        finally:
+            process.kill()
+
+
+def test_a_storm_loses_nothing_doubles_nothing_and_applies_nothing_backwards() -> None:
+    with _storm("--seconds", "10", "--seed", "7") as storm:
+        said, narrated = storm.communicate(timeout=110)
+    last = _LAST_LINE.fullmatch(said.splitlines()[-1])
+    assert last is not None, said + narrated
+    events, kills, duplicates, *faults = map(int, last.groups())
+    assert faults == [0] * 5, said
+    assert storm.returncode == 0
+    assert events > 500
+    assert kills >= 5
+    assert duplicates > 100
+
+
+@pytest.fixture(scope="module")
+def broken_storms() -> Iterator[dict[str, "subprocess.Popen[str]"]]:
+    """A storm for each of three broken builds, side by side: together they take hardly longer than one."""
+    with contextlib.ExitStack() as stack:
+        yield {
+            name: stack.enter_context(_storm("--seconds", "5", "--seed", "5", "--broken", name))
+            for name in _FAULTS_TRIED
+        }
+
+
+@pytest.mark.parametrize("name", _FAULTS_TRIED)
+def test_a_broken_build_is_caught_by_its_name(broken_storms: dict[str, "subprocess.Popen[str]"], name: str) -> None:
+    said, narrated = broken_storms[name].communicate(timeout=110)
+    assert f"{name}: caught, {FAULTS[name].caught_as}=" in said, said + narrated
+    assert broken_storms[name].returncode == 1
+
+
+# ── The harness itself ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_seed_decides_the_storm_and_the_traffic_and_nothing_else_does() -> None:
+    assert schedule(7, 300, fence=4) == schedule(7, 300, fence=4)
+    assert schedule(7, 300, fence=4) != schedule(8, 300, fence=4)
+    # A longer storm begins like a shorter one, and where no disk can be filled the rest is the same.
+    assert schedule(7, 600, fence=4)[:50] == schedule(7, 300, fence=4)[:50]
+    assert set(schedule(7, 300, fence=4, disk=False)) < set(schedule(7, 300, fence=4))
+    one, again, other = (traffic(seed, 20, rate=30) for seed in (7, 7, 8))
+    assert one.letters == again.letters
+    assert one.postings == again.postings
+    assert {letter.event_id for letter in one.letters}.isdisjoint(letter.event_id for letter in other.letters)
+
+
+def test_kamiyo_chaos_says_what_is_missing_outside_of_a_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "_ROOT", tmp_path)
+    with pytest.raises(KamiyoError, match=r"bench/ of a checkout .* `make chaos`"):
+        command.chaos()
+
+
+# One sabotage for each question of judge.sql. `the_event` is a processed one that a handler ran for.
+_SABOTAGE = {
+    "lost_events": "DELETE FROM webhook_events WHERE event_id = the_event()",
+    "lost_bodies": "UPDATE webhook_payloads SET body = body || 'x'::bytea",
+    "lost_effects": "DELETE FROM chaos.ledger WHERE event_id = the_event()",
+    "lost_neighbours": "UPDATE webhook_events SET status = 'failed', outcome = NULL, failed_at = now() "
+    "WHERE event_id = the_event()",
+    "lost_rows": "DELETE FROM billing.invoices WHERE id = (SELECT min(id) FROM billing.invoices)",
+    "lost_counts": "INSERT INTO webhook_count_changes SELECT date_trunc('minute', created_at), event_type, 0, -1, 0, 0 "
+    "FROM webhook_events WHERE event_id = the_event()",
+    "doubled_effects": "INSERT INTO chaos.ledger (event_id, owner, run, claim, superseded) "
+    "SELECT event_id, owner, run, claim, superseded FROM chaos.ledger WHERE event_id = the_event()",
+    "doubled_balances": "UPDATE chaos.accounts SET credits = credits + 1",
+    "doubled_outcomes": "INSERT INTO chaos.history (event_id, was, became, attempts) "
+    "VALUES (the_event(), 'processing', 'processed', 1)",
+    "doubled_events": "DELETE FROM chaos.sent WHERE event_id = the_event()",
+    "doubled_counts": "INSERT INTO webhook_count_changes SELECT date_trunc('minute', created_at), event_type, 1, 0, 0, 0 "
+    "FROM webhook_events WHERE event_id = the_event()",
+    "backwards_rows": 'UPDATE billing.customers SET metadata = \'{"added": "by someone"}\'',
+    "backwards_meanwhile": "UPDATE billing.customers SET last_event_rank = last_event_rank - 1",
+    "backwards_order": "UPDATE chaos.ledger SET id = 1000000 - id",
+    "backwards_unsaid": "UPDATE chaos.ledger SET id = 1000000 - id, claim = id",
+    "overlapped_marks": "UPDATE chaos.runs SET beside = ARRAY[1]",
+    "overlapped_effects": "UPDATE chaos.runs SET ended_at = ended_at + interval '1 day'",
+    "overlapped_nothing": "UPDATE chaos.runs SET ended_at = NULL",
+    "stuck_events": "UPDATE webhook_events SET status = 'pending', outcome = NULL, next_try_at = now() "
+    "WHERE event_id = the_event()",
+    "stuck_unanswered": "UPDATE chaos.sent SET answered = 0 WHERE event_id = the_event()",
+    "stuck_poison": "UPDATE chaos.sent SET tries = 5 WHERE event_id = the_event()",
+}
+
+
+async def test_the_judge_finds_nothing_where_nothing_is_wrong_and_every_question_finds_its_sabotage(
+    new_database: NewDatabase, settings: MakeSettings
+) -> None:
+    url = new_database()
+    db = await database.connect(url, application="test")
+    await prepare(db)
+    sent = traffic(3, 2, rate=100, gentle=True)
+    await put(db, *(letter.body for letter in sent.letters))
+    worker = await worker_on(url, settings())
+    await work_off(worker, db)
+    await worker.pool.close()
+    stripe = Stripe(sent.letters, [], random.Random(0))
+    for number in range(len(sent.letters)):
+        stripe.answered[number] = 1
+    await testify(db, sent, stripe)
+    # What handlers would have left behind, one run after the other.
+    await db.execute(
+        """
+        UPDATE chaos.sent SET tries = NULL;
+        INSERT INTO chaos.runs (event_id, owner, attempt, backend, started_at, ended_at)
+        SELECT s.event_id, s.owner, 1, 1, n * interval '2 s' + 'epoch', n * interval '2 s' + 'epoch' + interval '1 s'
+        FROM (SELECT *, row_number() OVER (ORDER BY e.stripe_created, e.seq) AS n
+              FROM chaos.sent JOIN webhook_events AS e USING (event_id, event_type)) AS s
+        WHERE s.handled ORDER BY n;
+        INSERT INTO chaos.ledger (event_id, owner, run, claim, superseded)
+        SELECT event_id, owner, id, 1, false FROM chaos.runs ORDER BY id;
+        INSERT INTO chaos.accounts SELECT owner, count(*) FROM chaos.ledger GROUP BY owner;
+        CREATE FUNCTION the_event() RETURNS text LANGUAGE sql STABLE AS
+            $$ SELECT event_id FROM chaos.runs ORDER BY id LIMIT 1 $$;
+        """
+    )
+    clean = await judge(db, events=1, kills=0, duplicates=0)
+    assert clean.findings == ()
+    assert clean.last_line == "events=1 kills=0 duplicates=0 lost=0 doubled=0 backwards=0 overlapped=0 stuck=0"
+    assert set(_SABOTAGE) == set(questions())
+    for question, sabotage in _SABOTAGE.items():
+        async with _undone(db):
+            await db.execute(sabotage)
+            found = await judge(db, events=1, kills=0, duplicates=0)
+            assert question in {finding.question for finding in found.findings}
+            assert f"{question.partition('_')[0]}=0" not in found.last_line
+    await db.close()
+
+
+@contextlib.asynccontextmanager
+async def _undone(db: Connection) -> Any:
+    transaction = db.transaction()
+    await transaction.start()
+    try:
+        yield
+    finally:
+        await transaction.rollback()
+
+
+# ── What the storm has found, each as small as it gets ──────────────────────────────────────────────────────────
+
+
+async def _turn(worker: Worker, db: Connection) -> None:
+    """A turn in a task of its own, as the worker's loop takes it."""
+    await asyncio.wait([asyncio.create_task(worker.run_once(db))])
+
+
+@pytest.mark.parametrize("how", ["raises", "cancels its task"])
+async def test_an_event_whose_handler_is_cancelled_is_dead_after_five_tries_and_its_neighbour_is_processed(
+    database_url: str, db: Connection, settings: MakeSettings, how: str
+) -> None:
+    registry = Registry()
+
+    @registry.on("charge.succeeded")
+    async def give_up(event: Event, _: Connection) -> None:
+        task = asyncio.current_task()
+        if how == "cancels its task" and task is not None:
+            task.cancel()
+            await asyncio.sleep(60)
+        raise asyncio.CancelledError
+
+    bad, good = fresh_id(), fresh_id()
+    charge = example("charge", customer="cus_1")
+    await put(
+        db, event_json(bad, obj=charge, created=NOW), event_json(good, "charge.refunded", charge, created=NOW + 1)
+    )
+    worker = await worker_on(database_url, settings(), registry)
+
+    async def dead() -> bool:
+        await _turn(worker, db)
+        return bool(
+            await db.fetchval(
+                "SELECT status = 'failed' AND next_try_at IS NULL FROM webhook_events WHERE event_id = $1", bad
+            )
+        )
+
+    await until(dead, within=60)
+    tries = await db.fetch("SELECT retry_count FROM webhook_failures WHERE event_id = $1 ORDER BY id", bad)
+    assert [number for (number,) in tries] == [1, 2, 3, 4, 5]
+    assert await db.fetchval("SELECT status FROM webhook_events WHERE event_id = $1", good) == "processed"
+    await worker.pool.close()
+
+
+async def test_the_billing_row_is_true_even_when_the_event_that_tells_it_kills_every_worker(
+    database_url: str, db: Connection, settings: MakeSettings
+) -> None:
+    registry = Registry()
+
+    @registry.on("customer.updated")
+    async def never_called(event: Event, _: Connection) -> None:
+        raise AssertionError
+
+    customer = example("customer", name="New Name")
+    event_id = fresh_id()
+    await put(db, event_json(event_id, "customer.updated", customer, created=NOW))
+    # As five workers leave it that died while they ran it.
+    await db.execute(
+        "UPDATE webhook_events SET status = 'processing', attempts = 5, started_at = now(), suspect = true, claim = 1"
+    )
+    worker = await worker_on(database_url, settings(), registry)
+    await work_off(worker, db)
+    assert await db.fetchval("SELECT next_try_at FROM webhook_events WHERE event_id = $1", event_id) is None
+    assert await db.fetchval("SELECT name FROM billing.customers WHERE id = $1", customer["id"]) == "New Name"
+    await worker.pool.close()
+
+
+@pytest.mark.parametrize("deaths", [1, 2])
+async def test_a_database_that_dies_in_the_middle_of_a_start_delays_it_and_does_not_end_it(
+    database_url: str, db: Connection, settings: MakeSettings, monkeypatch: pytest.MonkeyPatch, deaths: int
+) -> None:
+    migrate, left = database.migrate, [deaths]
+
+    async def interrupted(*given: Any, **named: Any) -> list[str]:
+        if left[0]:
+            left[0] -= 1
+            raise asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation")
+        return await migrate(*given, **named)
+
+    monkeypatch.setattr(database, "migrate", interrupted)
+    async with running_client(create_app(settings())) as client:
+        event_id = fresh_id()
+        assert (await deliver(client, event_json(event_id))).status_code == 200
+        await settled(db, event_id, "processed")
+
+
+async def test_a_server_whose_connections_lead_nowhere_any_more_takes_new_ones(
+    database_url: str, settings: MakeSettings
+) -> None:
+    async with carrying(database_url) as proxy:
+        app = create_app(settings(DATABASE_URL=proxy.url, KAMIYO_COMMIT_TIMEOUT=0.3, KAMIYO_WORKER=False))
+        async with running_client(app) as client:
+            assert (await deliver(client, event_json())).status_code == 200
+            proxy.blackhole(1.0, random.Random(0))
+            assert (await deliver(client, event_json())).status_code == 503
+
+            async def taken() -> bool:
+                return (await deliver(client, event_json())).status_code == 200
+
+            await until(taken)
+
+
+async def test_a_worker_whose_connections_lead_nowhere_any_more_takes_new_ones(
+    database_url: str, db: Connection, settings: MakeSettings
+) -> None:
+    quick = settings(KAMIYO_HANDLER_TIMEOUT=0.5, KAMIYO_IDLE_LIMIT=1, KAMIYO_WORKER_CONCURRENCY=1)
+    registry = Registry()
+    waiting = asyncio.Event()
+
+    @registry.on("charge.succeeded")
+    async def ask(event: Event, connection: Connection) -> None:
+        await connection.execute("SELECT 1")
+        waiting.set()
+
+    async with carrying(database_url) as proxy:
+        pool = await database.open_pool(proxy.url, size=2, application="test worker", idle_limit=1.5)
+        worker = Worker(pool, proxy.url, quick, registry)
+        running = asyncio.create_task(worker.run())
+        first, second = fresh_id(), fresh_id()
+        await put(db, event_json(first))
+        await settled(db, first, "processed")
+        # Between two questions, nobody is told: the next one goes out, and no answer ever comes.
+        proxy.blackhole(1.0, random.Random(0))
+        await put(db, event_json(second))
+        await settled(db, second, "processed", within=30)
+        worker.stop()
+        await running
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(pool.close(), 1)
+        pool.terminate()
