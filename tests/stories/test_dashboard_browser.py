@@ -20,7 +20,6 @@ import asyncpg
 import httpx
 import pytest
 import pytest_asyncio
-from playwright._impl._api_structures import SetCookieParam
 from playwright.async_api import Browser, BrowserContext, ConsoleMessage, Page, Request, Route, async_playwright, expect
 
 from kamiyo import simulator
@@ -76,7 +75,6 @@ class Desk:
         """Every kind of page, by a name."""
         return {
             "overview": "",
-            "overview of a week": "?range=7d",
             "events": "/events",
             "events, narrowed": "/events?status=dead&type=invoice.payment_failed",
             "no events": "/events?customer=cus_nobody",
@@ -159,7 +157,7 @@ async def opened(browser: Browser, desk: Desk, *, expected: str = " 404 ", **opt
     page = await context.new_page()
     complaints: list[str] = []
     # As signing in sets it; the story of the keyboard signs in itself.
-    cookie: SetCookieParam = {
+    cookie: Any = {
         **{"name": "kamiyo_session", "value": desk.session, "domain": "127.0.0.1", "path": "/dashboard"},
         **{"httpOnly": True, "sameSite": "Strict", "expires": time.time() + 12 * 3600},
     }
