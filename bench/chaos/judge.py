@@ -57,7 +57,7 @@ async def prepare(db: Connection) -> None:
     await db.execute((_HERE / "tables.sql").read_text(encoding="utf-8"))
 
 
-async def testify(db: Connection, traffic: Traffic, stripe: Stripe) -> None:
+async def bear_witness(db: Connection, traffic: Traffic, stripe: Stripe) -> None:
     """Write down what was sent and promised, and what Stripe says."""
     await db.copy_records_to_table(
         "sent",

@@ -16,7 +16,7 @@ import uvloop
 from bench.chaos.broken import FAULTS
 from bench.chaos.crew import Crew, environment, working
 from bench.chaos.ground import Folder, free_ports, listening, own_disk, postgres
-from bench.chaos.judge import Verdict, judge, testify
+from bench.chaos.judge import Verdict, bear_witness, judge
 from bench.chaos.proxy import carrying
 from bench.chaos.schedule import APIS, WORKERS, schedule
 from bench.chaos.storm import ADMIN_KEY, Storm, narrate
@@ -160,7 +160,8 @@ async def _rest(server: EmbeddedPostgres, pace: Pace) -> None:
 async def _verdict(server: EmbeddedPostgres, sent: Traffic, stripe: Stripe, kills: int) -> Verdict:
     db = await asyncpg.connect(server.url)
     try:
-        await testify(db, sent, stripe)
+        await bear_witness(db, sent, stripe)
+        print("LATE", await db.fetchrow(open("/tmp/chaoswork/late.sql").read()))
         return await judge(db, events=len(stripe.answered), kills=kills, duplicates=stripe.duplicates)
     finally:
         await db.close()

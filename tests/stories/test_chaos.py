@@ -18,7 +18,7 @@ import asyncpg
 import pytest
 
 from bench.chaos.broken import FAULTS
-from bench.chaos.judge import judge, prepare, questions, testify
+from bench.chaos.judge import bear_witness, judge, prepare, questions
 from bench.chaos.proxy import carrying
 from bench.chaos.schedule import schedule
 from bench.chaos.stripe import Stripe
@@ -132,16 +132,17 @@ _SABOTAGE = {
     "lost_neighbours": "UPDATE webhook_events SET status = 'failed', outcome = NULL, failed_at = now() "
     "WHERE event_id = the_event()",
     "lost_rows": "DELETE FROM billing.invoices WHERE id = (SELECT min(id) FROM billing.invoices)",
-    "lost_counts": "INSERT INTO webhook_count_changes SELECT date_trunc('minute', created_at), event_type, 0, -1, 0, 0 "
-    "FROM webhook_events WHERE event_id = the_event()",
+    "lost_counts": "INSERT INTO webhook_count_changes "
+    "SELECT date_trunc('minute', created_at), event_type, 0, -1, 0, 0 FROM webhook_events WHERE event_id = the_event()",
     "doubled_effects": "INSERT INTO chaos.ledger (event_id, owner, run, claim, superseded) "
     "SELECT event_id, owner, run, claim, superseded FROM chaos.ledger WHERE event_id = the_event()",
     "doubled_balances": "UPDATE chaos.accounts SET credits = credits + 1",
     "doubled_outcomes": "INSERT INTO chaos.history (event_id, was, became, attempts) "
     "VALUES (the_event(), 'processing', 'processed', 1)",
     "doubled_events": "DELETE FROM chaos.sent WHERE event_id = the_event()",
-    "doubled_counts": "INSERT INTO webhook_count_changes SELECT date_trunc('minute', created_at), event_type, 1, 0, 0, 0 "
-    "FROM webhook_events WHERE event_id = the_event()",
+    "doubled_counts": "INSERT INTO webhook_count_changes "
+    "SELECT date_trunc('minute', created_at), event_type, 1, 0, 0, 0 FROM webhook_events "
+    "WHERE event_id = the_event()",
     "backwards_rows": 'UPDATE billing.customers SET metadata = \'{"added": "by someone"}\'',
     "backwards_meanwhile": "UPDATE billing.customers SET last_event_rank = last_event_rank - 1",
     "backwards_order": "UPDATE chaos.ledger SET id = 1000000 - id",
@@ -170,13 +171,13 @@ async def test_the_judge_finds_nothing_where_nothing_is_wrong_and_every_question
     stripe = Stripe(sent.letters, [], random.Random(0))
     for number in range(len(sent.letters)):
         stripe.answered[number] = 1
-    await testify(db, sent, stripe)
+    await bear_witness(db, sent, stripe)
     # What handlers would have left behind, one run after the other.
     await db.execute(
         """
         UPDATE chaos.sent SET tries = NULL;
         INSERT INTO chaos.runs (event_id, owner, attempt, backend, started_at, ended_at)
-        SELECT s.event_id, s.owner, 1, 1, n * interval '2 s' + 'epoch', n * interval '2 s' + 'epoch' + interval '1 s'
+        SELECT s.event_id, s.owner, 1, 1, to_timestamp(2 * n), to_timestamp(2 * n + 1)
         FROM (SELECT *, row_number() OVER (ORDER BY e.stripe_created, e.seq) AS n
               FROM chaos.sent JOIN webhook_events AS e USING (event_id, event_type)) AS s
         WHERE s.handled ORDER BY n;
