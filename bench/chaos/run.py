@@ -161,7 +161,6 @@ async def _verdict(server: EmbeddedPostgres, sent: Traffic, stripe: Stripe, kill
     db = await asyncpg.connect(server.url)
     try:
         await bear_witness(db, sent, stripe)
-        print("LATE", await db.fetchrow(open("/tmp/chaoswork/late.sql").read()))
         return await judge(db, events=len(stripe.answered), kills=kills, duplicates=stripe.duplicates)
     finally:
         await db.close()
