@@ -221,12 +221,13 @@ async def test_workers_and_arrivals_come_to_what_the_projection_comes_to(
             for event_id, at in await db.fetch("SELECT event_id, created_at FROM webhook_events")
         }
         for row in tables.values():
-            assert row["last_webhook_updated_at"] == told_at[row["last_webhook_event_id"]]
+            # Later only where a copy came while the first still waited, and was projected on arrival.
+            assert row["last_webhook_updated_at"] >= told_at[row["last_webhook_event_id"]]
 
         # The tables can be thrown away: what they say is a function of the stored events.
         await db.execute("UPDATE billing.invoices SET status = 'wrong'")
         await rebuild.rebuild(db)
-        assert await billing(db) == tables
+        assert but_for_the_clock(await billing(db)) == but_for_the_clock(tables)
         for table in ("webhook_events", "webhook_payloads", *(f"billing.{name}" for name in TABLES)):
             await db.execute(f"DELETE FROM {table}")  # noqa: S608 - our own names
 

@@ -111,7 +111,7 @@ SELECT e.*, f.error_type FROM (
       AND ($5::text IS NULL OR account = $5 AND account <> '')
       AND ($6::timestamptz IS NULL OR created_at >= $6)
       AND ($7::timestamptz IS NULL OR created_at < $7)
-      AND ($8::timestamptz IS NULL OR created_at < $8 AND $9::bigint IS NOT NULL)
+      AND ($8::timestamptz IS NULL OR (created_at, seq) < ($8, $9::bigint))
     ORDER BY created_at DESC, seq DESC
     LIMIT $10
 ) AS e
