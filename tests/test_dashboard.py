@@ -662,6 +662,12 @@ def test_what_an_alert_would_tell_the_page_tells_too_and_what_it_says_in_more_wo
     ]
 
 
+def test_many_types_that_fail_at_once_are_one_concern() -> None:
+    rates = [Incident(f"failure_rate:type.{n}", f"type.{n} fails often", "…", "/failures") for n in range(3)]
+    assert told(incidents=rates) == [("warn", "3 types of events fail often")]
+    assert told(incidents=rates[:1]) == [("warn", "type.0 fails often")]
+
+
 async def test_deliveries_that_are_refused_are_on_the_first_page(quiet_desk: httpx.AsyncClient) -> None:
     for _ in range(12):
         await quiet_desk.post(f"{PREFIX}/stripe", content=event_json(), headers={"Stripe-Signature": "t=1,v1=00"})

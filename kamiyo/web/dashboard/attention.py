@@ -3,7 +3,7 @@
 Pure: from numbers to words, so that every case can be read, and tested, here.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from urllib.parse import quote
@@ -57,17 +57,26 @@ def concerns(
         *_stuck(standing),
         *_dead(dead, groups),
         *_failing(day, dead),
-        *(_incident(one) for one in incidents if one.key.partition(":")[0] not in _TOLD_HERE),
+        *_incidents(incidents),
         *_contradictions(undecided),
         *_retrying(standing),
     ]
     return sorted(found, key=lambda concern: ("bad", "warn", "calm").index(concern.tone))
 
 
-def _incident(incident: Incident) -> Concern:
-    tone = "bad" if incident.key == "bad_signatures" else "warn"
-    page = "" if incident.page == "/" else incident.page
-    return Concern(tone, incident.title, incident.body, "Look" if page else "", page)
+def _incidents(incidents: Sequence[Incident]) -> Iterator[Concern]:
+    rates = [one for one in incidents if one.key.startswith("failure_rate:")]
+    if len(rates) > 1:
+        # An outage fails many types at once; they are one concern, not a screen full of them.
+        names = ", ".join(one.key.partition(":")[2] for one in rates)
+        text = f"Many of those that came in within the last quarter of an hour failed: {names}."
+        yield Concern("warn", f"{len(rates)} types of events fail often", text, "What fails", "/failures")
+    for one in incidents:
+        if one.key.partition(":")[0] in _TOLD_HERE or (one in rates and len(rates) > 1):
+            continue
+        tone = "bad" if one.key == "bad_signatures" else "warn"
+        page = "" if one.page == "/" else one.page
+        yield Concern(tone, one.title, one.body, "Look" if page else "", page)
 
 
 def _shut_door(secret_set: bool) -> list[Concern]:
