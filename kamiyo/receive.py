@@ -8,10 +8,11 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
+from functools import partial
 
 import asyncpg
 
@@ -49,10 +50,20 @@ class Receipt:
     message: Message
 
 
-@dataclass(frozen=True, slots=True)
+#: Hears what became of a delivery: what to tell the sender, or why it is not committed.
+Answered = Callable[[Message | Unavailable], None]
+
+
+@dataclass(slots=True)
 class _Waiting:
     event: Event
-    answer: "asyncio.Future[Message]"
+    answered: Answered | None
+    deadline: float
+
+    def tell(self, answer: Message | Unavailable) -> None:
+        answered, self.answered = self.answered, None
+        if answered is not None:
+            answered(answer)
 
 
 class Receiver:
@@ -68,7 +79,9 @@ class Receiver:
         # Shorter than PostgreSQL's patience with a session that says nothing.
         self._patience = min(20.0, (settings.handler_timeout + settings.idle_limit) / 2)
         self._waiting: list[_Waiting] = []
+        self._committing: Sequence[_Waiting] = ()
         self._bytes_waiting = 0
+        self._overdue: asyncio.TimerHandle | None = None
         self._wake = asyncio.Event()
         self._closing = False
         self._cost = 0.0
@@ -84,27 +97,64 @@ class Receiver:
         Raises SignatureError, PayloadError, or Unavailable; after any of them nothing is promised, and after the
         first two nothing was written.
         """
-        now = time.time()
-        signature.verify(body, header, self._secrets, now, self._tolerance)
-        event = parse(body, received=now)
+        event = self._admit(body, header)
         return Receipt(event.id, event.type, await self.store(event))
+
+    def submit(
+        self, body: bytes, header: bytes | str | None, answered: Callable[[Event, Message | Unavailable], None]
+    ) -> None:
+        """The same without waiting: `answered` is called once, with the event, when it is committed or cannot be.
+
+        Raises what `receive` raises, except for what is known only later; then `answered` is never called.
+        """
+        event = self._admit(body, header)
+        self._join(event, partial(answered, event))
 
     async def store(self, event: Event) -> Message:
         """Join the next group commit. Raises Overloaded, or DatabaseUnavailable when the commit cannot be had."""
+        told: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+
+        def answered(answer: Message | Unavailable) -> None:
+            # A client that gave up does not take its event back out of the group.
+            if told.done():
+                return
+            if isinstance(answer, Unavailable):
+                told.set_exception(answer)
+            else:
+                told.set_result(answer)
+
+        self._join(event, answered)
+        return await told
+
+    def _admit(self, body: bytes, header: bytes | str | None) -> Event:
+        now = time.time()
+        signature.verify(body, header, self._secrets, now, self._tolerance)
+        return parse(body, received=now)
+
+    def _join(self, event: Event, answered: Answered) -> None:
         size = len(event.body)
         if self._closing or len(self._waiting) >= self._most_waiting or self._bytes_waiting + size > MOST_BYTES_WAITING:
             raise Overloaded
-        answer = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Waiting(event, answer))
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._commit_timeout
+        self._waiting.append(_Waiting(event, answered, deadline))
         self._bytes_waiting += size
         self._wake.set()
-        try:
-            async with asyncio.timeout(self._commit_timeout):
-                # A client that gives up does not take its event back out of the group.
-                return await asyncio.shield(answer)
-        except TimeoutError:
+        if self._overdue is None:
+            self._overdue = loop.call_at(deadline, self._give_up)
+
+    def _give_up(self) -> None:
+        """Tell those whose time is over. One timer for all, set for the first: they wait in order."""
+        loop = asyncio.get_running_loop()
+        self._overdue = None
+        for waiting in (*self._committing, *self._waiting):
+            if waiting.answered is None:
+                continue
+            if waiting.deadline > loop.time():
+                self._overdue = loop.call_at(waiting.deadline, self._give_up)
+                break
             # It may still be committed. Then the sender's next copy is a duplicate, which does no harm.
-            raise DatabaseUnavailable from None
+            waiting.tell(DatabaseUnavailable())
 
     async def run(self) -> None:
         """Commit group after group until `close`, reconnecting as often as it takes."""
@@ -128,7 +178,7 @@ class Receiver:
         while True:
             if not self._waiting and (self._closing or not await self._until_waiting(self._patience)):
                 return
-            group = self._take()
+            group = self._committing = self._take()
             if not group:
                 continue
             try:
@@ -141,6 +191,8 @@ class Receiver:
                     db.terminate()
                 if db.is_closed():
                     raise
+            finally:
+                self._committing = ()
 
     async def _until_waiting(self, seconds: float) -> bool:
         self._wake.clear()
@@ -170,7 +222,7 @@ class Receiver:
             status = stored.known.get(event_id)
             if status is None and waiting is not first[event_id]:
                 status = Status.pending
-            _tell(waiting, _MESSAGES[status])
+            waiting.tell(_MESSAGES[status])
         _count(first, stored, len(group), took)
 
     async def _put(self, db: Connection, events: Sequence[Event], began: float) -> Stored:
@@ -202,10 +254,7 @@ class Receiver:
                 error=type(error).__name__,
             )
         for waiting in group:
-            if not waiting.answer.done():
-                waiting.answer.set_exception(DatabaseUnavailable())
-                # Nobody may be listening any more; asyncio would call that an error of ours.
-                waiting.answer.exception()
+            waiting.tell(DatabaseUnavailable())
 
 
 _MESSAGES: dict[Status | None, Message] = {
@@ -215,11 +264,6 @@ _MESSAGES: dict[Status | None, Message] = {
     Status.failed: Message.already_received,
     Status.processed: Message.already_processed,
 }
-
-
-def _tell(waiting: _Waiting, message: Message) -> None:
-    if not waiting.answer.done():
-        waiting.answer.set_result(message)
 
 
 def ready_to_project(events: Sequence[Event], registry: Registry) -> tuple[list[Arrival], list[Row]]:

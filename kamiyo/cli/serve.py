@@ -18,6 +18,7 @@ from kamiyo.cli.console import complain, console, make_development_secrets, sett
 from kamiyo.errors import SettingsError
 from kamiyo.settings import Settings, load_settings
 from kamiyo.web.system import database_url, running
+from kamiyo.web.wire import WireProtocol
 
 
 def serve(
@@ -58,7 +59,7 @@ def serve(
         "host": settings.host,
         "port": settings.port,
         "loop": "uvloop",
-        "http": "httptools",
+        "http": WireProtocol,
         "access_log": False,
         "log_level": "warning",
         "server_header": False,

@@ -28,7 +28,7 @@ def create_router(settings: Settings | None = None) -> APIRouter:
     return _router(settings)[0]
 
 
-class _Api(FastAPI):
+class KamiyoApi(FastAPI):
     """FastAPI with a short way in for Stripe's deliveries.
 
     Routing and middleware cost more than all that is done with an event; here nothing depends on them. In an
@@ -85,7 +85,7 @@ def _router(settings: Settings | None) -> tuple[APIRouter, StripeEndpoint, Dashb
 
 def create_app(settings: Settings | None = None) -> FastAPI:
     """The Kamiyo API: the router in an application of its own."""
-    app = _Api(title="Kamiyo API", description=_ABOUT, version=__version__)
+    app = KamiyoApi(title="Kamiyo API", description=_ABOUT, version=__version__)
     router, app.stripe, dashboard = _router(settings)
     app.include_router(router)
     app.router.routes.extend(dashboard.routes("/dashboard"))

@@ -1,7 +1,8 @@
 """`POST /stripe`: the door Stripe knocks at.
 
 A plain ASGI callable: FastAPI's call path costs several times what receiving an event does. The documented twin that
-`/docs` shows is in `admin.py`'s neighbour `app.py`; this one answers.
+`/docs` shows is in `admin.py`'s neighbour `app.py`; this one answers. `wire.py` answers the plain case before it is
+an ASGI call, in the same words.
 """
 
 import asyncio
@@ -12,7 +13,7 @@ import msgspec
 
 from kamiyo import telemetry
 from kamiyo.errors import BodyTooLarge, BodyTooSlow, PayloadError, ReceiveError, SignatureError, Unavailable
-from kamiyo.receive import Receipt
+from kamiyo.receive import Message, Receipt
 from kamiyo.telemetry import happened
 from kamiyo.web.system import System
 
@@ -25,8 +26,8 @@ _JSON = (b"content-type", b"application/json")
 _SAFE = (b"x-content-type-options", b"nosniff")
 
 
-# A body that came in one piece, as Stripe's do, is never timed. One that trickles may hold its connection this long.
-_BODY_SECONDS = 15.0
+#: A body that came in one piece, as Stripe's do, is never timed. One that trickles may hold its connection this long.
+BODY_SECONDS = 15.0
 
 
 class _ClientLeft(Exception):
@@ -39,6 +40,11 @@ class StripeEndpoint:
     def __init__(self, system: Callable[[], System | None]) -> None:
         self._system = system
 
+    @property
+    def system(self) -> System | None:
+        """The running system, if there is one."""
+        return self._system()
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one delivery: every way it can end is one of the contract's answers."""
         try:
@@ -46,19 +52,10 @@ class StripeEndpoint:
         except _ClientLeft:
             happened("client_left")
         except ReceiveError as error:
-            _count_refusal(error)
+            count_refusal(error)
             await _answer(send, error.status, {"detail": error.detail}, error.retry_after)
         else:
-            await _answer(
-                send,
-                200,
-                {
-                    "status": "success",
-                    "message": receipt.message.value,
-                    "event_id": receipt.event_id,
-                    "event_type": receipt.event_type,
-                },
-            )
+            await _answer(send, 200, acknowledgement(receipt.event_id, receipt.event_type, receipt.message))
 
     async def _receive(self, scope: Scope, receive: Receive) -> Receipt:
         system = self._system()
@@ -94,7 +91,7 @@ async def _body(receive: Receive, limit: int) -> bytes:
             raise BodyTooLarge
         return body
     try:
-        async with asyncio.timeout(_BODY_SECONDS):
+        async with asyncio.timeout(BODY_SECONDS):
             return await _rest_of_body(receive, body, limit)
     except TimeoutError:
         raise BodyTooSlow from None
@@ -116,7 +113,7 @@ async def _rest_of_body(receive: Receive, body: bytes, limit: int) -> bytes:
     return b"".join(parts)
 
 
-def _count_refusal(error: ReceiveError) -> None:
+def count_refusal(error: ReceiveError) -> None:
     if isinstance(error, SignatureError):
         reason = f"signature_{error.reason}"
     elif isinstance(error, PayloadError):
@@ -131,7 +128,21 @@ def _count_refusal(error: ReceiveError) -> None:
     happened("delivery_rejected", reason=reason)
 
 
+def acknowledgement(event_id: str, event_type: str, message: Message) -> dict[str, str]:
+    """What a sender reads whose event is committed."""
+    return {"status": "success", "message": message.value, "event_id": event_id, "event_type": event_type}
+
+
 async def _answer(send: Send, status: int, content: dict[str, str], retry_after: int | None = None) -> None:
+    headers, body = rendered(status, content, retry_after)
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def rendered(
+    status: int, content: dict[str, str], retry_after: int | None = None
+) -> tuple[list[tuple[bytes, bytes]], bytes]:
+    """Headers and body of an answer."""
     body = _encode(content)
     headers = [_JSON, _SAFE, (b"content-length", str(len(body)).encode())]
     if retry_after is not None:
@@ -139,5 +150,4 @@ async def _answer(send: Send, status: int, content: dict[str, str], retry_after:
     if status in (408, 413):
         # The rest of the body was not read, so nothing sensible can follow it on this connection.
         headers.append((b"connection", b"close"))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    return headers, body
