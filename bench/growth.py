@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import json
 import random
-import re
 import shutil
 import sys
 import tempfile
@@ -33,7 +32,6 @@ from bench.peers.ours import Ours
 from bench.processes import Meter, end_in_order, environment, quiet, run_in_order
 from bench.run import machine
 from kamiyo import inbox
-from kamiyo.database import load_queries
 from kamiyo.inbox import Filters, Outcome, Settled
 
 RESULTS = ROOT / "bench" / "results-growth.json"
@@ -224,7 +222,7 @@ class Growth:
         number = 0
         for turn in range(max(min(_ASKED, self.options.backlog // (5 * _BATCH)), 2)):
             if turn % 2:
-                held, number, took = await _explained_claim(db)
+                held, number, took = await _claim_left_there(db)
                 inside.append(took)
             else:
                 began = time.perf_counter()
@@ -365,19 +363,18 @@ async def _listed(filters: Callable[[], Filters], db: Connection) -> object:
     return await inbox.listed(db, filters())
 
 
-async def _explained_claim(db: Connection) -> tuple[list[str], int, float]:
+async def _claim_left_there(db: Connection) -> tuple[list[str], int, float]:
     """Claim as `inbox.claim` does, its rows left there: the ids, the claim's number, the server's own milliseconds."""
-    took = 0.0
-    held = [name for (name,) in await db.fetch(_SQL["hold"], _BATCH)]
-    number = int(await db.fetchval(_SQL["next_claim"]))
-    for name, values in (("hold", (_BATCH,)), ("claim", (held, number))):
-        plan = await db.fetch(f"EXPLAIN (ANALYZE, TIMING OFF, BUFFERS OFF) {_SQL[name]}", *values)
-        took += sum(float(found) for (line,) in plan for found in _SERVER_TIME.findall(line))
-    return held, number, took
+    row = await db.fetchrow(_CLAIM, _BATCH)
+    assert row is not None
+    return row["held"], row["number"], row["took"]
 
 
-_SQL = load_queries("inbox.sql")
-_SERVER_TIME = re.compile(r"^(?:Planning|Execution) Time: ([0-9.]+) ms")
+_CLAIM = """
+SELECT array_agg(event_id) AS held, max(claim) AS number,
+       (extract(epoch FROM clock_timestamp() - statement_timestamp()) * 1000)::float8 AS took
+FROM webhook_claim($1, '{}')
+"""
 
 
 async def _wal(db: Connection) -> int:

@@ -174,11 +174,16 @@ async def require_migrations(db: Connection) -> None:
 
 @contextlib.asynccontextmanager
 async def listening(url: str, heard: Callable[[], None]) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
-    """Call `heard()` for every notice on CHANNEL while the block runs. Whether it lasts is the caller's to watch."""
-    db = await connect(url, application="kamiyo listener")
+    """Call `heard()` for every notice on CHANNEL while the block runs, but those sent over this connection itself.
 
-    def on_notice(*_: Any) -> None:
-        heard()
+    Whether it lasts is the caller's to watch.
+    """
+    db = await connect(url, application="kamiyo listener")
+    own = db.get_server_pid()
+
+    def on_notice(_: Any, sender: int, *__: Any) -> None:
+        if sender != own:
+            heard()
 
     try:
         await db.add_listener(CHANNEL, on_notice)

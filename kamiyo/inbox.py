@@ -4,7 +4,7 @@ The caller owns the transaction: what a function writes is true once the caller 
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from enum import StrEnum
@@ -50,7 +50,7 @@ class Claimed:
     """An event in a worker's hands.
 
     `attempts` are the tries before this one. A `suspect` was in the batch of a worker that died, and runs alone;
-    one that `was_running` at that moment has used up a try.
+    one that `was_running` at that moment has used up a try. `started`: this try is counted already.
     """
 
     event: Event
@@ -62,6 +62,7 @@ class Claimed:
     abandoned: bool
     was_running: bool
     body_kept: bool
+    started: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +108,12 @@ class Filters:
 async def put(db: Connection, events: Sequence[Event], *, source: str = "webhook") -> dict[str, Status]:
     """Store what is new, with its body, and wake the workers; return the status of what was already known, by id.
 
-    `events` must not name an id twice. One statement: outside a transaction it is one commit.
+    `events` must not name an id twice. One statement: outside a transaction it is one commit, and a notice after it.
     """
     known: list[asyncpg.Record] = await db.fetch(
         _SQL["put"], [_arrival(event) for event in events], [event.body for event in events], source
     )
+    await notify(db)
     return {event_id: Status(status) for event_id, status in known}
 
 
@@ -132,19 +134,26 @@ class Stored:
 
 
 async def put_projected(
-    db: Connection, arrivals: Sequence[Arrival], rows: Sequence[Row], *, microseconds: int, source: str = "webhook"
+    db: Connection,
+    arrivals: Sequence[Arrival],
+    rows: Sequence[Row],
+    *,
+    microseconds: int,
+    source: str = "webhook",
+    wake: bool = True,
 ) -> Stored:
     """Store what is new and project it in the same commit, where nothing stands in the way.
 
     `rows` are the billing rows of the arrivals that have an outcome, one for each object at most; `microseconds` is
-    what an event has cost so far. Neither `arrivals` nor `rows` may name an event or an object twice.
+    what an event has cost so far. `wake`: wake the workers of every process where something is left to them. Neither
+    `arrivals` nor `rows` may name an event or an object twice.
     """
     by_table = [[projections.composite(row) for row in rows if row.table == table] for table in TABLES]
     told = [_arrival(a.event, a.outcome and a.outcome.value, microseconds) for a in arrivals]
     bodies = [a.event.body for a in arrivals]
     lanes = [*{a.event.lane for a in arrivals if a.outcome}]
     known, left = {}, {a.event.id for a in arrivals if not a.outcome}
-    for event_id, status, is_new in await db.fetch(_SQL["receive"], told, bodies, lanes, *by_table, source):
+    for event_id, status, is_new in await db.fetch(_SQL["receive"], told, bodies, lanes, *by_table, source, wake):
         if is_new:
             left.add(event_id)
         else:
@@ -160,22 +169,35 @@ async def ensure_partitions(db: Connection) -> int:
 # ── The worker's turn ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def claim(db: Connection, limit: int) -> tuple[int, list[Claimed]]:
+async def claim(db: Connection, limit: int, handled: Collection[str] = ()) -> tuple[int, list[Claimed]]:
     """Claim up to `limit` due events, oldest first, and hold their lanes on this session until `unlock`.
 
-    Returns the claim's number, which settling asks for, and the events in Stripe's order. Commits: call it outside
-    a transaction.
+    Lets go of the lanes of the last claim. An event that is alone in its claim, of a type in `handled` or a suspect,
+    has its try counted already (`Claimed.started`). Returns the claim's number, which settling asks for, and the events
+    in Stripe's order. Commits: call it outside a transaction.
     """
-    held = [event_id for (event_id,) in await db.fetch(_SQL["hold"], limit)]
-    if not held:
-        return 0, []
-    number = int(await db.fetchval(_SQL["next_claim"]))
-    return number, [_claimed(row) for row in await db.fetch(_SQL["claim"], held, number)]
+    number, claimed, _ = await claim_or_wait(db, limit, handled)
+    return number, claimed
+
+
+async def claim_or_wait(
+    db: Connection, limit: int, handled: Collection[str] = ()
+) -> tuple[int, list[Claimed], float | None]:
+    """The same; where nothing could be claimed, also the seconds until the next event is due, None: nothing waits."""
+    rows = await db.fetch(_SQL["claim"], limit, list(handled))
+    if rows[0]["event_id"] is None:
+        return 0, [], rows[0]["due_in"]
+    return rows[0]["claim"], [_claimed(row) for row in rows], None
 
 
 async def unlock(db: Connection) -> None:
     """Let go of every lane this session holds."""
     await db.execute(_SQL["unlock"])
+
+
+async def notify(db: Connection) -> None:
+    """Wake the workers of every process."""
+    await db.execute(_SQL["notify"], timeout=5)
 
 
 async def start(db: Connection, claim_number: int, event_id: str, attempt: int) -> None:
@@ -416,4 +438,5 @@ def _claimed(row: asyncpg.Record) -> Claimed:
         abandoned=row["abandoned"],
         was_running=row["was_running"],
         body_kept=row["body"] is not None,
+        started=row["started"],
     )

@@ -43,49 +43,19 @@ WHERE s.event_id IS NULL;
 -- Stores new events, and processes those whose billing row is all they need: see 006_project_on_arrival.sql.
 SELECT known_event_id, known_status, is_new FROM webhook_receive(
     $1::webhook_arrival[], $2::bytea[], $3::integer[], $4::billing.customers_row[], $5::billing.subscriptions_row[],
-    $6::billing.invoices_row[], $7::billing.payment_methods_row[], $8
+    $6::billing.invoices_row[], $7::billing.payment_methods_row[], $8, $9
 );
 
--- name: hold
--- Locks the lanes of the events that are due, oldest first; lanes that another worker holds are passed over, so
--- that a busy customer never keeps the others waiting. Returns the events found in the lanes it got.
-WITH held AS MATERIALIZED (
-    SELECT objid::bigint::integer AS lane FROM pg_locks
-    WHERE locktype = 'advisory' AND classid = 1800432 AND objsubid = 2
-      AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-), due AS MATERIALIZED (
-    SELECT event_id, lane FROM webhook_events
-    WHERE next_try_at <= now() AND lane NOT IN (SELECT lane FROM held)
-    ORDER BY next_try_at, seq LIMIT $1
-), mine AS MATERIALIZED (
-    SELECT lane FROM (SELECT DISTINCT lane FROM due) AS lanes WHERE pg_try_advisory_lock(1800432, lane)
-)
-SELECT event_id FROM due JOIN mine USING (lane);
-
 -- name: claim
--- Takes the held events that are still due. A statement of its own, because only a snapshot taken after the locks
--- shows what the last holder of a lane left behind. An event found in 'processing' was abandoned: its worker died.
--- started_at stays until that death is recorded, should this worker die before it has done so.
-WITH found AS (
-    SELECT event_id, status, started_at FROM webhook_events
-    WHERE event_id = ANY ($1::text[]) AND next_try_at <= now()
-), claimed AS (
-    UPDATE webhook_events AS e
-    SET status = 'processing', claim = $2, failed_at = NULL,
-        suspect = e.suspect OR found.status = 'processing'
-    FROM found WHERE e.event_id = found.event_id
-    RETURNING e.*, found.status = 'processing' AS abandoned, found.started_at AS abandoned_at
-)
-SELECT c.seq, c.created_at, c.event_id, c.event_type, extract(epoch FROM c.stripe_created)::bigint AS stripe_created,
-       c.livemode, c.thin, c.account, c.context, c.api_version, c.object_type, c.object_id, c.customer,
-       c.snapshot_event, c.lane, c.attempts, c.suspect, c.abandoned, c.abandoned_at IS NOT NULL AS was_running,
-       -- A subquery, so that each body is looked up by its key in the one partition that has it.
-       (SELECT p.body FROM webhook_payloads AS p WHERE p.seq = c.seq AND p.created_at = c.created_at) AS body
-FROM claimed AS c
-ORDER BY c.stripe_created, c.seq;
+-- Lets go of the lanes of the last turn, and takes up to $1 due events: see 018_claim.sql. $2: types with a handler.
+SELECT claim, due_in, seq, created_at, event_id, event_type, stripe_created, livemode, thin, account, context,
+       api_version, object_type, object_id, customer, snapshot_event, lane, attempts, suspect, abandoned, was_running,
+       started, body
+FROM webhook_claim($1, $2);
 
--- name: next_claim
-SELECT nextval('webhook_claims');
+-- name: notify
+-- Wakes the workers of every process.
+SELECT pg_notify('webhook_events', '');
 
 -- name: unlock
 SELECT pg_advisory_unlock_all();
@@ -129,7 +99,7 @@ SET status = CASE WHEN attempts > (started_at IS NOT NULL)::int THEN 'failed' EL
 WHERE event_id = ANY ($1::text[]) AND claim = $2 AND status = 'processing';
 
 -- name: next_due
--- Seconds until something is due that no worker holds; null when nothing waits.
+-- Seconds until something is due; null when nothing waits.
 SELECT extract(epoch FROM min(next_try_at) - now())::float8 FROM webhook_events WHERE next_try_at IS NOT NULL;
 
 -- name: of_second

@@ -69,8 +69,16 @@ class _Waiting:
 class Receiver:
     """The door of one process. `run` must be running for `receive` to return."""
 
-    def __init__(self, pool: Pool, settings: Settings, registry: Registry = handlers.registry) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        settings: Settings,
+        registry: Registry = handlers.registry,
+        wake: Callable[[], None] | None = None,
+    ) -> None:
         self._pool = pool
+        # Wakes the worker of this process, if it has one; it calls the others when it needs them.
+        self._wake_worker = wake
         self._registry = registry
         self._secrets = settings.webhook_secrets
         self._tolerance = settings.signature_tolerance
@@ -217,6 +225,8 @@ class Receiver:
         stored = await self._put(db, [waiting.event for waiting in first.values()], began)
         took = time.perf_counter() - began
         self._cost = took / len(first)
+        if stored.left and self._wake_worker is not None:
+            self._wake_worker()
         for waiting in group:
             event_id = waiting.event.id
             status = stored.known.get(event_id)
@@ -239,7 +249,9 @@ class Receiver:
         # Of an event projected on arrival, its share of the last commit is the best that can be known in this one.
         cost = self._cost + (time.perf_counter() - began) / len(events)
         try:
-            return await inbox.put_projected(db, arrivals, rows, microseconds=int(cost * 1e6))
+            return await inbox.put_projected(
+                db, arrivals, rows, microseconds=int(cost * 1e6), wake=self._wake_worker is None
+            )
         except asyncpg.DataError:
             # A value that PostgreSQL's types do not take. Stored first; the workers find out whose it is.
             known = await inbox.put(db, events)

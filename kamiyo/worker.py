@@ -37,6 +37,13 @@ _TURN_SECONDS = 0.25
 
 # A worker is woken by notices; looking by itself is for notices that were lost, and for the dead.
 _LOOK_EVERY_SECONDS = 2.0
+
+# Other workers are called this often at most while this one has more than it can carry.
+_HELP_EVERY_SECONDS = 0.2
+
+# A hand with nothing to do keeps its connection this long: longer than the worker waits to look by itself.
+_REST_SECONDS = 3.0
+
 _AWAY: tuple[type[BaseException], ...] = (*DATABASE_ERRORS, DatabaseUnavailable)
 _FOLD_EVERY_SECONDS = 5.0
 _PARTITIONS_EVERY_SECONDS = 3600.0
@@ -44,6 +51,10 @@ _PARTITIONS_EVERY_SECONDS = 3600.0
 
 class TransactionEnded(KamiyoError):
     """A handler said COMMIT or ROLLBACK on the connection it was lent: nothing can be settled with its effects."""
+
+
+class _HandlerFailed(KamiyoError):
+    """The handler of an event that has a transaction to itself: all of it is undone, and the failure recorded."""
 
 
 @dataclass(slots=True)
@@ -78,6 +89,8 @@ class Worker:
         self._wake = asyncio.Event()
         self._stopping = False
         self._hands: set[asyncio.Task[None]] = set()
+        self._resting: asyncio.Future[None] | None = None
+        self._help = asyncio.Event()
         self._slow: set[str] = set()
         # Seconds an event takes, lately. Begins as if a whole batch fitted into a turn.
         self._pace = _TURN_SECONDS / self.settings.worker_batch
@@ -94,10 +107,15 @@ class Worker:
             watching = [tasks.create_task(self._listen()), tasks.create_task(self._maintain())]
             while not self._stopping:
                 self._wake.clear()
-                if len(self._hands) < self.settings.worker_concurrency:
+                if self._resting is not None and not self._resting.done():
+                    self._resting.set_result(None)
+                elif len(self._hands) < self.settings.worker_concurrency:
                     hand = asyncio.create_task(self._lend_a_hand())
                     self._hands.add(hand)
                     hand.add_done_callback(self._hands.discard)
+                else:
+                    # Something may be due, and every hand is busy: another process may have one free.
+                    self._help.set()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_LOOK_EVERY_SECONDS):
                         await self._wake.wait()
@@ -110,6 +128,8 @@ class Worker:
         """Finish the events being handled, give the rest back, and let `run` return."""
         self._stopping = True
         self._wake.set()
+        if self._resting is not None and not self._resting.done():
+            self._resting.set_result(None)
 
     def abandon(self) -> None:
         """The grace is over: give up what is still being handled; its effects are undone, and it runs again."""
@@ -120,16 +140,46 @@ class Worker:
         try:
             async with self.pool.acquire(timeout=10) as db:
                 await db.execute(_NOTICE_MY_DEATH)
-                while not self._stopping and await self.run_once(db):
-                    # More may be due than one hand can carry.
-                    self._wake.set()
-                due_in = None if self._stopping else await inbox.next_due_in(db)
-            if due_in is not None and 0 < due_in < _LOOK_EVERY_SECONDS:
-                asyncio.get_running_loop().call_later(due_in, self._wake.set)
+                while True:
+                    due_in = await self._turns(db)
+                    if due_in is not None and 0 < due_in < _LOOK_EVERY_SECONDS:
+                        asyncio.get_running_loop().call_later(due_in, self._wake.set)
+                    if not await self._rest() or db.is_closed():
+                        break
         except DATABASE_ERRORS as error:
             # What was claimed is undone, and found again by whoever looks next.
             happened("worker_turn_failed", error=type(error).__name__)
             await asyncio.sleep(self.rng.uniform(0.1, 0.5))
+
+    async def _rest(self) -> bool:
+        """Wait for more, with the connection at the ready; False where another hand does, or nothing comes."""
+        if self._stopping or (self._resting is not None and not self._resting.done()):
+            return False
+        self._resting = asyncio.get_running_loop().create_future()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_REST_SECONDS):
+                await self._resting
+        self._resting.cancel()
+        return not self._stopping
+
+    async def _turns(self, db: Connection) -> float | None:
+        """Turn after turn until nothing can be taken; return in how many seconds something is due."""
+        holding = True
+        try:
+            while not self._stopping:
+                most = self._fitting()
+                number, batch, due_in = await inbox.claim_or_wait(db, most, self.registry.types())
+                if not batch:
+                    holding = False
+                    return due_in
+                if len(batch) == most:
+                    # More may be due than one hand can carry.
+                    self._wake.set()
+                await self._work(db, number, batch)
+            return None
+        finally:
+            if holding and not db.is_closed():
+                await asyncio.shield(inbox.unlock(db))
 
     async def _listen(self) -> None:
         away = False
@@ -142,8 +192,15 @@ class Worker:
                     self.wake()
                     while not db.is_closed():
                         # Notices come by themselves; asking now and then finds out that nobody is there to send them.
-                        await asyncio.sleep(5)
-                        await db.execute("SELECT 1", timeout=5)
+                        with contextlib.suppress(TimeoutError):
+                            async with asyncio.timeout(5):
+                                await self._help.wait()
+                        if self._help.is_set():
+                            await inbox.notify(db)
+                            await asyncio.sleep(_HELP_EVERY_SECONDS)
+                            self._help.clear()
+                        else:
+                            await db.execute("SELECT 1", timeout=5)
             except _AWAY as error:
                 if not away:
                     happened("database_away", error=type(error).__name__)
@@ -171,8 +228,7 @@ class Worker:
 
     async def run_once(self, db: Connection) -> int:
         """Claim a batch, handle it, settle it; return how many events it had. `db` must not be in a transaction."""
-        fitting = int(_TURN_SECONDS / self._pace) if self._pace else self.settings.worker_batch
-        number, batch = await inbox.claim(db, max(1, min(fitting, self.settings.worker_batch)))
+        number, batch = await inbox.claim(db, self._fitting(), self.registry.types())
         try:
             if batch:
                 await self._work(db, number, batch)
@@ -180,6 +236,11 @@ class Worker:
             if not db.is_closed():
                 await asyncio.shield(inbox.unlock(db))
         return len(batch)
+
+    def _fitting(self) -> int:
+        """Events that fit into a turn, at the pace of late."""
+        fitting = int(_TURN_SECONDS / self._pace) if self._pace else self.settings.worker_batch
+        return max(1, min(fitting, self.settings.worker_batch))
 
     async def _work(self, db: Connection, number: int, batch: Sequence[Claimed]) -> None:
         fit = []
@@ -225,7 +286,8 @@ class Worker:
     async def _run_chunk(self, db: Connection, number: int, chunk: Sequence[Claimed]) -> int:
         """Handle and settle a chunk in one transaction; return how many of it were tried, the rest being given back."""
         trials = [_Trial(claimed, claimed.attempts + 1) for claimed in chunk]
-        if len(trials) == 1 and (chunk[0].suspect or self.registry.of(trials[0].event.type)):
+        alone = len(trials) == 1 and (chunk[0].suspect or bool(self.registry.of(trials[0].event.type)))
+        if alone and not chunk[0].started:
             await inbox.start(db, number, trials[0].event.id, trials[0].attempt)
         try:
             async with db.transaction():
@@ -252,7 +314,7 @@ class Worker:
         began = time.perf_counter()
         await _project(db, trials)
         share = (time.perf_counter() - began) / len(trials)
-        savepoint = False
+        alone, savepoint = len(trials) == 1, False
         for at, trial in enumerate(trials):
             trial.seconds = share
             # Their billing rows are written, which is true anyway; their handlers are for another turn.
@@ -261,10 +323,14 @@ class Worker:
                 continue
             wanted = self.registry.of(trial.event.type)
             if wanted and trial.error is None:
-                # One round trip keeps the last handler's effects and opens the way back for this one.
-                await db.execute(_NEXT_SAVEPOINT if savepoint else _FIRST_SAVEPOINT)
-                savepoint = True
-                await self._handle(db, trial, wanted)
+                if not alone:
+                    # One round trip keeps the last handler's effects and opens the way back for this one.
+                    await db.execute(_NEXT_SAVEPOINT if savepoint else _FIRST_SAVEPOINT)
+                    savepoint = True
+                await self._handle(db, trial, wanted, savepoint=savepoint)
+                if alone and trial.error is not None:
+                    # The whole transaction is the way back for an event that has it to itself.
+                    raise _HandlerFailed
         untried = [trial.event.id for trial in trials if trial.untried]
         if untried:
             await inbox.release(db, number, untried)
@@ -278,7 +344,9 @@ class Worker:
             if trial.error is not None:
                 await self._record(db, number, trial)
 
-    async def _handle(self, db: Connection, trial: _Trial, wanted: Sequence[handlers.Handler]) -> None:
+    async def _handle(
+        self, db: Connection, trial: _Trial, wanted: Sequence[handlers.Handler], *, savepoint: bool
+    ) -> None:
         began = time.perf_counter()
         event = replace(trial.event, superseded=trial.superseded, attempt=trial.attempt)
         try:
@@ -292,7 +360,8 @@ class Worker:
             # Raised by the handler, it is an error like any other; sent to this task, it means to stop.
             if isinstance(error, asyncio.CancelledError) and _is_being_cancelled():
                 raise
-            await db.execute(_BACK_TO_SAVEPOINT)
+            if savepoint:
+                await db.execute(_BACK_TO_SAVEPOINT)
             trial.error = error
         if not db.is_in_transaction():
             raise TransactionEnded("a handler ended the transaction that its event is settled in")

@@ -1,5 +1,6 @@
 """The durable table of events: what goes in stays, once; what a person asks for is done and written down."""
 
+import asyncio
 import json
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -12,7 +13,7 @@ from kamiyo import database, inbox
 from kamiyo.database import Connection
 from kamiyo.errors import EventNotFailed, EventUnknown
 from kamiyo.inbox import ClaimLost, Failure, Filters, Outcome, Settled, Status
-from tests.conftest import event_json
+from tests.conftest import event_json, until
 from tests.turns import NOW, failures_of, put, read, row_of, statuses
 
 FAILURE = Failure("ValueError", "no", "Traceback …", "f00d")
@@ -143,17 +144,29 @@ async def test_what_is_not_due_yet_is_not_claimed(db: Connection) -> None:
 async def test_what_the_last_holder_of_a_lane_settled_a_moment_ago_is_not_claimed_again(
     db: Connection, other: Connection
 ) -> None:
-    queries = database.load_queries("inbox.sql")
     await put(db, event("evt_1"), event("evt_2", customer="cus_2"))
-    held = [event_id for (event_id,) in await db.fetch(queries["hold"], 10)]
-    assert sorted(held) == ["evt_1", "evt_2"]
-    # It looked due in the snapshot in which its lane was still the other's.
-    await other.execute(
-        "UPDATE webhook_events SET status = 'processed', outcome = 'handled', next_try_at = NULL "
-        "WHERE event_id = 'evt_1'"
-    )
-    claimed = await db.fetch(queries["claim"], held, await db.fetchval(queries["next_claim"]))
-    assert [row["event_id"] for row in claimed] == ["evt_2"]
+    number, _ = await inbox.claim(db, 1)
+    # Between looking for what is due and locking its lane, the other one waits for a lock of the test's.
+    await other.execute(_SLOW_LOCK)
+    await db.execute("SELECT pg_advisory_lock(99)")
+    claiming = asyncio.create_task(inbox.claim(other, 10))
+    await until(lambda: db.fetchval("SELECT count(*) FROM pg_locks WHERE objid = 99 AND NOT granted"))
+    await inbox.succeed(db, number, [Settled("evt_1", Outcome.handled, 1, 1)])
+    await inbox.unlock(db)
+
+    _, claimed = await claiming
+    assert [one.event.id for one in claimed] == ["evt_2"]
+    await other.execute("RESET search_path; DROP SCHEMA slow CASCADE")
+
+
+_SLOW_LOCK = """
+CREATE SCHEMA slow;
+CREATE FUNCTION slow.pg_try_advisory_lock(class integer, lane integer) RETURNS boolean LANGUAGE sql VOLATILE AS $$
+    SELECT pg_advisory_xact_lock_shared(99);
+    SELECT pg_catalog.pg_try_advisory_lock(class, lane);
+$$;
+SET search_path = slow, pg_catalog, public;
+"""
 
 
 async def test_a_claimed_event_carries_everything_that_was_stored_of_it(db: Connection) -> None:

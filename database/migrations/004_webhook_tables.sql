@@ -265,10 +265,6 @@ BEGIN
     SELECT date_trunc('minute', created_at), event_type, count(*), count(*) FILTER (WHERE status = 'processed'),
            count(*) FILTER (WHERE status = 'failed'), sum(processing_us)
     FROM came GROUP BY 1, 2;
-    -- Whoever stores an event wakes the workers; equal notices of one transaction arrive as one.
-    IF EXISTS (SELECT FROM came WHERE next_try_at IS NOT NULL) THEN
-        PERFORM pg_notify('webhook_events', '');
-    END IF;
     RETURN NULL;
 END $$;
 

@@ -32,7 +32,10 @@ CREATE OR REPLACE FUNCTION webhook_receive(
     subscriptions billing.subscriptions_row[],
     invoices billing.invoices_row[],
     payment_methods billing.payment_methods_row[],
-    source text
+    source text,
+    -- Whether to wake the workers of every process, where something is left to them. Who calls has a worker of its own
+    -- otherwise, and wakes that: a notice is a lock that all who send one take in turn, and costs each listener a wake-up.
+    wake boolean
 ) RETURNS TABLE (known_event_id text, known_status text, is_new boolean)
 LANGUAGE plpgsql
 -- Someone who holds a billing row for long (a person in psql) must not hold up the acknowledgements: the rows are
@@ -266,6 +269,11 @@ BEGIN
                false
         FROM unnest(arrivals) WITH ORDINALITY AS i
         WHERE (SELECT e.seq FROM webhook_events AS e WHERE e.event_id = i.event_id) IS DISTINCT FROM numbers[i.ordinality];
+    END IF;
+
+    IF wake AND (NOT projecting OR cardinality(left_over) > 0
+                 OR EXISTS (SELECT FROM unnest(arrivals) AS a WHERE a.outcome IS NULL)) THEN
+        PERFORM pg_notify('webhook_events', '');
     END IF;
 
     -- Of those whose row was all they needed, the ones that are left to the workers all the same.

@@ -65,9 +65,9 @@ async def running(settings: Settings) -> AsyncIterator[System]:
             application="kamiyo",
             idle_limit=settings.handler_timeout + settings.idle_limit,
         )
-        system = System(
-            settings, url, pool, Receiver(pool, settings), Worker(pool, url, settings), Alerts(pool, settings)
-        )
+        worker = Worker(pool, url, settings)
+        receiver = Receiver(pool, settings, wake=worker.wake if settings.worker else None)
+        system = System(settings, url, pool, receiver, worker, Alerts(pool, settings))
         aside: list[asyncio.Task[None]] = []
         try:
             with contextlib.suppress(DatabaseUnavailable, *UNAVAILABLE):
