@@ -111,18 +111,24 @@ async def put(db: Connection, events: Sequence[Event], *, source: str = "webhook
     `events` must not name an id twice. One statement: outside a transaction it is one commit, and a notice after it.
     """
     known: list[asyncpg.Record] = await db.fetch(
-        _SQL["put"], [_arrival(event) for event in events], [event.body for event in events], source
+        _SQL["put"], [(*Arrival(event, None).told, None) for event in events], [event.body for event in events], source
     )
     await notify(db)
     return {event_id: Status(status) for event_id, status in known}
 
 
-@dataclass(frozen=True, slots=True)
 class Arrival:
     """A new event, and what it comes to if its billing row is all it needs; None leaves it to the workers."""
 
-    event: Event
-    outcome: Outcome | None
+    __slots__ = ("event", "lane", "outcome", "told")
+
+    def __init__(self, event: Event, outcome: Outcome | None) -> None:
+        self.event, self.outcome, self.lane = event, outcome, event.lane
+        # As PostgreSQL's type `webhook_arrival` takes it, but for the outcome, which may change until it is stored.
+        self.told = (
+            *(event.id, event.type, event.created, event.livemode, event.thin, event.account, event.context),
+            *(event.api_version, event.object_type, event.object_id, event.customer, event.snapshot_event, self.lane),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,11 +155,13 @@ async def put_projected(
     `arrivals` nor `rows` may name an event or an object twice.
     """
     by_table = [[projections.composite(row) for row in rows if row.table == table] for table in TABLES]
-    told = [_arrival(a.event, a.outcome and a.outcome.value, microseconds) for a in arrivals]
+    told = [(*a.told, a.outcome) for a in arrivals]
     bodies = [a.event.body for a in arrivals]
-    lanes = [*{a.event.lane for a in arrivals if a.outcome}]
+    lanes = [*{a.lane for a in arrivals if a.outcome}]
     known, left = {}, {a.event.id for a in arrivals if not a.outcome}
-    for event_id, status, is_new in await db.fetch(_SQL["receive"], told, bodies, lanes, *by_table, source, wake):
+    for event_id, status, is_new in await db.fetch(
+        _SQL["receive"], told, bodies, lanes, *by_table, source, wake, microseconds
+    ):
         if is_new:
             left.add(event_id)
         else:
@@ -399,13 +407,6 @@ _DAWN = datetime.fromisoformat("2000-01-01T00:00:00+00:00")
 
 def _replayable(filters: Filters) -> Filters:
     return filters if filters.status else replace(filters, status=Status.failed)
-
-
-def _arrival(e: Event, outcome: str | None = None, microseconds: int = 0) -> tuple[Any, ...]:
-    return (
-        *(e.id, e.type, e.created, e.livemode, e.thin, e.account, e.context, e.api_version),
-        *(e.object_type, e.object_id, e.customer, e.snapshot_event, e.lane, outcome, microseconds),
-    )
 
 
 def _event(row: asyncpg.Record, **more: Any) -> Event:

@@ -43,7 +43,7 @@ WHERE s.event_id IS NULL;
 -- Stores new events, and processes those whose billing row is all they need: see 006_project_on_arrival.sql.
 SELECT known_event_id, known_status, is_new FROM webhook_receive(
     $1::webhook_arrival[], $2::bytea[], $3::integer[], $4::billing.customers_row[], $5::billing.subscriptions_row[],
-    $6::billing.invoices_row[], $7::billing.payment_methods_row[], $8, $9
+    $6::billing.invoices_row[], $7::billing.payment_methods_row[], $8, $9, $10
 );
 
 -- name: claim

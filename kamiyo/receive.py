@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -57,6 +57,8 @@ Answered = Callable[[Message | Unavailable], None]
 @dataclass(slots=True)
 class _Waiting:
     event: Event
+    # Made when it comes in, while another group's commit is on its way, and not when its own is waited for.
+    prepared: "_Prepared"
     answered: Answered | None
     deadline: float
 
@@ -145,7 +147,7 @@ class Receiver:
             raise Overloaded
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._commit_timeout
-        self._waiting.append(_Waiting(event, answered, deadline))
+        self._waiting.append(_Waiting(event, _prepared(event, self._registry), answered, deadline))
         self._bytes_waiting += size
         self._wake.set()
         if self._overdue is None:
@@ -222,40 +224,33 @@ class Receiver:
         for waiting in group:
             first.setdefault(waiting.event.id, waiting)
         began = time.perf_counter()
-        stored = await self._put(db, [waiting.event for waiting in first.values()], began)
+        stored = await self._put(db, [*first.values()])
         took = time.perf_counter() - began
         self._cost = took / len(first)
         if stored.left and self._wake_worker is not None:
             self._wake_worker()
-        for waiting in group:
-            event_id = waiting.event.id
-            status = stored.known.get(event_id)
-            if status is None and waiting is not first[event_id]:
-                status = Status.pending
-            waiting.tell(_MESSAGES[status])
-        _count(first, stored, len(group), took)
+        # Not at once: PostgreSQL has nothing to do until it has the next group, so that goes first.
+        asyncio.get_running_loop().call_soon(_tell, group, first, stored, took)
 
-    async def _put(self, db: Connection, events: Sequence[Event], began: float) -> Stored:
+    async def _put(self, db: Connection, group: Sequence[_Waiting]) -> Stored:
         async with asyncio.timeout(self._commit_timeout):
             try:
-                return await self._project(db, events, began)
+                return await self._project(db, group)
             except asyncpg.CheckViolationError:
                 # No table for today's bodies yet: this server slept through the maintenance that makes them.
                 await inbox.ensure_partitions(db)
-                return await self._project(db, events, began)
+                return await self._project(db, group)
 
-    async def _project(self, db: Connection, events: Sequence[Event], began: float) -> Stored:
-        arrivals, rows = ready_to_project(events, self._registry)
-        # Of an event projected on arrival, its share of the last commit is the best that can be known in this one.
-        cost = self._cost + (time.perf_counter() - began) / len(events)
+    async def _project(self, db: Connection, group: Sequence[_Waiting]) -> Stored:
+        arrivals, rows = _together(waiting.prepared for waiting in group)
         try:
-            return await inbox.put_projected(
-                db, arrivals, rows, microseconds=int(cost * 1e6), wake=self._wake_worker is None
-            )
+            # Of an event projected on arrival, its share of the last commit is the best that can be known in this one.
+            cost = int(self._cost * 1e6)
+            return await inbox.put_projected(db, arrivals, rows, microseconds=cost, wake=self._wake_worker is None)
         except asyncpg.DataError:
             # A value that PostgreSQL's types do not take. Stored first; the workers find out whose it is.
-            known = await inbox.put(db, events)
-            return Stored(known, {event.id for event in events} - known.keys())
+            known = await inbox.put(db, [waiting.event for waiting in group])
+            return Stored(known, {waiting.event.id for waiting in group} - known.keys())
 
     def _refuse(self, group: Sequence[_Waiting], error: BaseException) -> None:
         if group:
@@ -269,8 +264,18 @@ class Receiver:
             waiting.tell(DatabaseUnavailable())
 
 
-_MESSAGES: dict[Status | None, Message] = {
-    None: Message.received,
+def _tell(group: Sequence[_Waiting], first: dict[str, _Waiting], stored: Stored, took: float) -> None:
+    known = stored.known
+    for waiting in group:
+        event_id = waiting.event.id
+        if event_id in known:
+            waiting.tell(_MESSAGES[known[event_id]])
+        else:
+            waiting.tell(Message.received if waiting is first[event_id] else Message.already_received)
+    _count(first, stored, len(group), took)
+
+
+_MESSAGES: dict[Status, Message] = {
     Status.pending: Message.already_received,
     Status.processing: Message.already_received,
     Status.failed: Message.already_received,
@@ -278,35 +283,54 @@ _MESSAGES: dict[Status | None, Message] = {
 }
 
 
-def ready_to_project(events: Sequence[Event], registry: Registry) -> tuple[list[Arrival], list[Row]]:
+@dataclass(slots=True)
+class _Prepared:
+    """An event as it will be stored, and its billing row if that may be all it needs."""
+
+    arrival: Arrival
+    row: Row | None
+
+
+def _prepared(event: Event, registry: Registry) -> _Prepared:
+    if event.thin or registry.of(event.type) or projections.is_stub(event):
+        return _Prepared(Arrival(event, None), None)
+    try:
+        row = projections.row_of(event, datetime.now(UTC))
+    except projections.ProjectionError:
+        return _Prepared(Arrival(event, None), None)
+    return _Prepared(Arrival(event, Outcome.ignored if row is None else Outcome.projected), row)
+
+
+def _together(group: Iterable[_Prepared]) -> tuple[list[Arrival], list[Row]]:
+    """What the group stores, and the one row of each object in it. Of a tie the workers find out."""
+    arrivals: list[Arrival] = []
+    best: dict[Place, _Prepared] = {}
+    tied: set[Place] = set()
+    for one in group:
+        arrivals.append(one.arrival)
+        row = one.row
+        if row is None:
+            continue
+        other = best.setdefault(row.place, one)
+        if other is one or other.row is None:
+            continue
+        if other.row.rank < row.rank:
+            best[row.place] = one
+            tied.discard(row.place)
+        elif other.row.rank == row.rank:
+            tied.add(row.place)
+            one.arrival.outcome = None
+    for place in tied:
+        best.pop(place).arrival.outcome = None
+    return arrivals, [one.row for one in best.values() if one.row is not None]
+
+
+def ready_to_project(events: Iterable[Event], registry: Registry) -> tuple[list[Arrival], list[Row]]:
     """Which events their billing row is all they need, and those rows, one for each object.
 
     The workers get what has a handler, what must be read from Stripe, what ties with another, and what is malformed.
     """
-    arrivals: list[Arrival] = []
-    best: dict[Place, tuple[int, Row]] = {}
-    tied: set[Place] = set()
-    now = datetime.now(UTC)
-    for at, event in enumerate(events):
-        outcome: Outcome | None = None
-        if not event.thin and not registry.of(event.type) and not projections.is_stub(event):
-            with contextlib.suppress(projections.ProjectionError):
-                row = projections.row_of(event, now)
-                outcome = Outcome.ignored
-                if row is not None:
-                    outcome = Outcome.projected
-                    other = best.get(row.place)
-                    if other is None or other[1].rank < row.rank:
-                        best[row.place] = at, row
-                        tied.discard(row.place)
-                    elif other[1].rank == row.rank:
-                        tied.add(row.place)
-                        outcome = None
-        arrivals.append(Arrival(event, outcome))
-    for place in tied:
-        at, _ = best.pop(place)
-        arrivals[at] = Arrival(events[at], None)
-    return arrivals, [row for _, row in best.values()]
+    return _together(_prepared(event, registry) for event in events)
 
 
 def _count(first: dict[str, _Waiting], stored: Stored, deliveries: int, took: float) -> None:
@@ -324,8 +348,9 @@ def _count(first: dict[str, _Waiting], stored: Stored, deliveries: int, took: fl
         telemetry.RECEIVED.labels(label).inc(count)
     for label, count in processed.items():
         telemetry.EVENTS.labels(label, "processed").inc(count)
+        duration = telemetry.DURATION.labels(label)
         for _ in range(count):
-            telemetry.DURATION.labels(label).observe(took / deliveries)
+            duration.observe(took / deliveries)
     new = [event_id for event_id in first if event_id not in stored.known]
     if new:
         happened("event_received", count=len(new), event_ids=new)

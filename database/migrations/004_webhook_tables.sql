@@ -128,7 +128,7 @@ BEGIN
             context text, api_version text, object_type text, object_id text, customer text, snapshot_event text,
             lane integer,
             -- What processing it comes to if its billing row is all it needs; null leaves it to the workers.
-            outcome text, processing_us bigint
+            outcome text
         );
     END IF;
 END $$;

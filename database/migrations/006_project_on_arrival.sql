@@ -35,7 +35,9 @@ CREATE OR REPLACE FUNCTION webhook_receive(
     source text,
     -- Whether to wake the workers of every process, where something is left to them. Who calls has a worker of its own
     -- otherwise, and wakes that: a notice is a lock that all who send one take in turn, and costs each listener a wake-up.
-    wake boolean
+    wake boolean,
+    -- What processing an event on arrival takes, as far as the caller knows.
+    processing_us bigint
 ) RETURNS TABLE (known_event_id text, known_status text, is_new boolean)
 LANGUAGE plpgsql
 -- Someone who holds a billing row for long (a person in psql) must not hold up the acknowledgements: the rows are
@@ -241,7 +243,7 @@ BEGIN
            CASE WHEN i.done THEN 'processed' ELSE 'pending' END,
            CASE WHEN i.done THEN i.outcome END,
            i.done::int,
-           CASE WHEN i.done THEN i.processing_us ELSE 0 END,
+           CASE WHEN i.done THEN webhook_receive.processing_us ELSE 0 END,
            CASE WHEN NOT i.done THEN now() END,
            CASE WHEN i.done THEN clock_timestamp() END
     FROM (SELECT a.*, projecting AND a.outcome IS NOT NULL AND a.event_id <> ALL (left_over) AS done

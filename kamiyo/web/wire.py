@@ -97,16 +97,13 @@ class _Delivery:
         if isinstance(answer, ReceiveError):
             self._refuse(answer)
         else:
-            self._answer(200, acknowledgement(event.id, event.type, answer))
+            headers, body = rendered(200, acknowledgement(event.id, event.type, answer))
+            self._protocol.answer(self, 200, headers, body)
 
     def _refuse(self, error: ReceiveError) -> None:
         count_refusal(error)
-        self._answer(error.status, {"detail": error.detail}, error.retry_after)
-
-    def _answer(self, status: int, content: dict[str, str], retry_after: int | None = None) -> None:
-        self.response_complete = True
-        headers, body = rendered(status, content, retry_after)
-        self._protocol.answer(self, status, headers, body)
+        headers, body = rendered(error.status, {"detail": error.detail}, error.retry_after)
+        self._protocol.answer(self, error.status, headers, body)
 
 
 class WireProtocol(HttpToolsProtocol):
