@@ -380,11 +380,12 @@ class Served:
 
 
 # The socket is bound and listening before the process begins: a client's connection waits in it until the
-# server is ready, and breaks when the server ends, so that nobody has to guess when to come.
+# server is ready, and breaks when the server ends, so that nobody has to guess when to come. The protocol is the
+# one that `kamiyo serve` uses.
 _SERVE = (
     "import socket, sys, uvicorn; "
     "door = socket.socket(fileno=int(sys.argv[1])); "
-    "uvicorn.Server(uvicorn.Config(sys.argv[2], access_log=False)).run([door])"
+    "uvicorn.Server(uvicorn.Config(sys.argv[2], http='kamiyo.web.wire:WireProtocol', access_log=False)).run([door])"
 )
 
 

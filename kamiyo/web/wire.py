@@ -120,7 +120,8 @@ class WireProtocol(HttpToolsProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        self._endpoint = None if self.access_log or self.limit_concurrency is not None else _endpoint_of(self.app)
+        plain = not config.access_log and config.limit_concurrency is None
+        self._endpoint = _endpoint_of(self.app) if plain else None
 
     def data_received(self, data: bytes) -> None:
         """Parse what came in; time a body of which not all came at once."""
