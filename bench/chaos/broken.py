@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from bench.chaos.variables import BROKEN
 from kamiyo import inbox, projections, receive, worker
@@ -41,7 +41,7 @@ def _acknowledge_before_commit() -> None:
 
     async def tell_and_commit(self: receive.Receiver, db: Connection, group: Sequence[Any]) -> None:
         for waiting in group:
-            receive._tell(waiting, receive.Message.received)
+            waiting.tell(receive.Message.received)
         await asyncio.sleep(_MOMENT_SECONDS)
         await commit(self, db, group)
 
@@ -75,23 +75,33 @@ def _settle_outside_transaction() -> None:
 
 
 def _order_by_arrival() -> None:
-    _change_query("claim", "ORDER BY c.stripe_created, c.seq", "ORDER BY c.seq")
+    _change_claims(lambda batch: sorted(batch, key=lambda claimed: claimed.seq))
     _replace(projections, "_rank", lambda kind, event, shaped: time.time_ns() // 1000)
 
 
 def _ignore_lanes() -> None:
-    _change_query("hold", "WHERE pg_try_advisory_lock(1800432, lane)", "")
+    claim = inbox.claim_or_wait
+
+    async def let_go(db: Connection, *words: Any) -> Any:
+        claimed = await claim(db, *words)
+        await inbox.unlock(db)
+        return claimed
+
+    _replace(inbox, "claim_or_wait", let_go)
 
 
 def _forget_the_dead() -> None:
-    _change_query("claim", "AND next_try_at <= now()", "AND next_try_at <= now() AND status <> 'processing'")
+    _change_claims(lambda batch: [claimed for claimed in batch if not claimed.abandoned])
 
 
-def _change_query(name: str, old: str, new: str) -> None:
-    queries = cast(dict[str, str], inbox._SQL)
-    if old not in queries[name]:
-        raise RuntimeError(f"the fault no longer fits: {old!r} is not in the query {name}")
-    queries[name] = queries[name].replace(old, new)
+def _change_claims(change: Callable[[list[inbox.Claimed]], list[inbox.Claimed]]) -> None:
+    claim = inbox.claim_or_wait
+
+    async def changed(db: Connection, *words: Any) -> Any:
+        number, batch, due_in = await claim(db, *words)
+        return number, change(batch), due_in
+
+    _replace(inbox, "claim_or_wait", changed)
 
 
 def _replace(where: object, name: str, value: object) -> None:
