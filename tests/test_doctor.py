@@ -35,6 +35,7 @@ from tests.conftest import (
     serving,
     settings_for,
     settled,
+    until,
     with_database,
 )
 from tests.stripe_server import KEY, StripeServer, stripe_server
@@ -240,6 +241,7 @@ async def test_a_sound_server_passes_from_outside_and_nothing_is_stored(
 ) -> None:
     mine = settings(STRIPE_WEBHOOK_SECRET=GOOD_SECRET, KAMIYO_ENV="development")
     url = f"{sound.url}/api/v1/webhooks/stripe"
+    await until(lambda: db.fetchval(doctor._SQL["workers"]))  # its worker connects by itself, a moment after its start
     found = await look(mine, database_url, server=sound.url, endpoint=url)
     expected = {"health", "metrics", "signature", "endpoint", "migrations", "workers", "clock", "failures"}
     assert {name for name, verdict in verdicts(found).items() if verdict is pass_} >= expected, found

@@ -174,7 +174,8 @@ async def test_wrong_admin_keys_are_answered_later_each_time_and_the_right_one_n
 
     guesses = [await ask("guess") for _ in range(7)]
     assert {status for status, _ in guesses} == {401}
-    assert sum(took for _, took in guesses[4:]) > 3 * sum(took for _, took in guesses[:2])
+    # Only the least is asserted: what a busy machine adds to a wait is no part of it.
+    assert all(took >= 0.99 * 0.01 * 2**slips for slips, (_, took) in enumerate(guesses))
     guess = asyncio.create_task(ask("guess"))
     assert (await ask(ADMIN["X-Admin-Key"]))[0] == 200
     assert not guess.done(), "the right key does not wait for the wrong one"

@@ -48,6 +48,9 @@ from tests.turns import NOW, example, put, work_off, worker_on
 _LAST_LINE = re.compile(
     r"events=(\d+) kills=(\d+) duplicates=(\d+) lost=(\d+) doubled=(\d+) backwards=(\d+) overlapped=(\d+) stuck=(\d+)"
 )
+# Real processes against the clock of a real machine: these run after the others, one by one.
+pytestmark = pytest.mark.alone
+
 _FAULTS_TRIED = ("acknowledges-before-commit", "settles-outside-transaction", "orders-by-arrival")
 
 
@@ -88,6 +91,11 @@ def test_a_storm_loses_nothing_doubles_nothing_and_applies_nothing_backwards() -
     assert duplicates > 100
 
 
+# Which moment a blow hits is the machine's to say: on a crowded one a broken build can get through one storm unharmed.
+# `make faults` has the machine to itself, and three seeds for each.
+_by_itself = pytest.mark.skipif(os.environ.get("KAMIYO_STORM") != "1", reason="broken builds are tried by: make faults")
+
+
 @pytest.fixture(scope="module")
 def broken_storms() -> Iterator[dict[str, "subprocess.Popen[str]"]]:
     """A storm for each of three broken builds, side by side: together they take hardly longer than one."""
@@ -98,6 +106,7 @@ def broken_storms() -> Iterator[dict[str, "subprocess.Popen[str]"]]:
         }
 
 
+@_by_itself
 @pytest.mark.parametrize("name", _FAULTS_TRIED)
 def test_a_broken_build_is_caught_by_its_name(broken_storms: dict[str, "subprocess.Popen[str]"], name: str) -> None:
     said, narrated = broken_storms[name].communicate(timeout=110)

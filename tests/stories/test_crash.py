@@ -33,7 +33,8 @@ async def shop(db: Connection) -> AsyncIterator[Connection]:
     yield db
     # If the story went wrong, a worker's session may still hold the table.
     await db.execute(
-        "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE application_name LIKE 'doomed %'"
+        "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity "
+        "WHERE datname = current_database() AND application_name LIKE 'doomed %'"
     )
     await db.execute("DROP SCHEMA shop CASCADE")
 

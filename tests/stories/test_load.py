@@ -28,6 +28,9 @@ from kamiyo.database import Connection
 from tests.conftest import ADMIN_KEY, SECRET, NewDatabase, Served, event_json, fresh_id, serving, settled, until
 from tests.turns import NOW, example, put
 
+# Load and grace are measured in seconds: these run after the others, one by one.
+pytestmark = pytest.mark.alone
+
 SECONDS = float(os.environ.get("KAMIYO_LOAD_SECONDS", "8"))
 
 #: What a server takes of memory when ten times the load it can carry is thrown at it, in bytes: see docs/proof.md.
