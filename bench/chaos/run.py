@@ -34,7 +34,7 @@ RATE = 90.0
 # Findings of one kind that are shown.
 _SHOWN = 5
 
-# How long everything may take to be answered once the storm is over, in seconds.
+# How long nothing may be answered 2xx, once the storm is over, before the rest is given up, in seconds.
 _ANSWERED_SECONDS = 60.0
 
 
@@ -55,8 +55,9 @@ class Pace:
     @property
     def longest_wait(self) -> float:
         """The longest time in which nothing happens though something is still to come: the wait for the last try, or
-        until a dead worker's session is ended and its events are found."""
-        return 1.2 * (delay_after(MAX_ATTEMPTS - 1, first=self.first_retry) or 0) + self.fence + 6
+        until a dead worker's session is ended, by PostgreSQL or by another worker's next maintenance turn, and its
+        events are found."""
+        return 1.2 * (delay_after(MAX_ATTEMPTS - 1, first=self.first_retry) or 0) + self.fence + 15
 
 
 def pace_of(seconds: float) -> Pace:
@@ -120,7 +121,7 @@ async def _run(seconds: float, seed: int, broken: str | None, pace: Pace) -> Ver
                 try:
                     await storm.rage(blows)
                     _log.info("the storm is over")
-                    await asyncio.wait([posting], timeout=_ANSWERED_SECONDS)
+                    await _answered(posting, stripe)
                     if not await _rest(server, pace):
                         await _why_not(server, crew, folder.path)
                 finally:
@@ -135,6 +136,15 @@ async def _run(seconds: float, seed: int, broken: str | None, pace: Pace) -> Ver
             folder.keep()
             print(f"logs: {folder.path}")
         return verdict
+
+
+async def _answered(posting: "asyncio.Task[None]", stripe: Stripe) -> None:
+    """Wait until everything is answered 2xx, or until nothing is any more."""
+    while not posting.done():
+        before = stripe.answered.total()
+        await asyncio.wait([posting], timeout=_ANSWERED_SECONDS)
+        if stripe.answered.total() == before:
+            return
 
 
 async def _rest(server: EmbeddedPostgres, pace: Pace) -> bool:
