@@ -174,6 +174,14 @@ async def unlock(db: Connection) -> None:
     await db.execute(_SQL["unlock"])
 
 
+async def end_silent(db: Connection, after: float) -> int:
+    """End the sessions of this application that went silent in mid-question over `after` seconds ago; return how many.
+
+    Whatever they held is free then. `after` must be longer than any process may take between two messages.
+    """
+    return int(await db.fetchval(_SQL["end_silent"], after))
+
+
 async def start(db: Connection, claim_number: int, event_id: str, attempt: int) -> None:
     """Count a try before it is run. Raises ClaimLost when the claim is no longer ours."""
     if await db.fetchval(_SQL["start"], event_id, claim_number, attempt) is None:

@@ -101,6 +101,7 @@ _LEVELS: dict[str, int] = {
     "order_undecided": _WARNING,
     "worker_turn_failed": _ERROR,
     "claims_given_back": _INFO,
+    "silent_sessions_ended": _WARNING,
     "event_loop_stuck": _ERROR,
     # database
     "database_away": _ERROR,

@@ -156,6 +156,11 @@ class Worker:
         while True:
             try:
                 async with self.pool.acquire(timeout=10) as db:
+                    # As long as PostgreSQL waits between two questions: see `database.open_pool`.
+                    silent = await inbox.end_silent(db, self.settings.handler_timeout + self.settings.idle_limit)
+                    if silent:
+                        happened("silent_sessions_ended", count=silent)
+                        self.wake()
                     await inbox.fold_counts(db)
                     queue = await inbox.queue(db)
                     telemetry.QUEUE.numbers = {**{name: float(n) for name, n in queue.items()}, "database_up": 1.0}

@@ -24,7 +24,7 @@ from bench.chaos.proxy import carrying
 from bench.chaos.schedule import schedule
 from bench.chaos.stripe import Stripe
 from bench.chaos.traffic import traffic
-from kamiyo import database
+from kamiyo import database, inbox
 from kamiyo.cli import chaos as command
 from kamiyo.database import Connection
 from kamiyo.errors import KamiyoError
@@ -34,6 +34,7 @@ from kamiyo.web import create_app
 from kamiyo.worker import Worker
 from tests.conftest import (
     ROOT,
+    Log,
     MakeSettings,
     NewDatabase,
     deliver,
@@ -354,3 +355,43 @@ async def test_a_worker_whose_connections_lead_nowhere_any_more_takes_new_ones(
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(pool.close(), 1)
         pool.terminate()
+
+
+@pytest.mark.parametrize("amid", ["a question", "an answer"])
+async def test_a_session_that_falls_silent_amid_a_question_or_an_answer_is_ended_and_its_lanes_are_free(
+    database_url: str, db: Connection, settings: MakeSettings, log: Log, amid: str
+) -> None:
+    quick = settings(KAMIYO_HANDLER_TIMEOUT=0.2, KAMIYO_IDLE_LIMIT=1)
+    pool = await database.open_pool(database_url, size=4, application="test worker", idle_limit=1.2)
+    event_id = fresh_id()
+    await put(db, event_json(event_id))
+    cut_off = await asyncpg.connect(database_url, server_settings={"application_name": "test worker"})
+    await inbox.claim(cut_off, 1)
+    # As a process is that is frozen there, or whose route is lost.
+    if amid == "a question":
+        await cut_off.prepare("SELECT 'half of it, and the other half never comes'")
+        asking = None
+    else:
+        cut_off._transport.pause_reading()
+        asking = asyncio.create_task(cut_off.execute("SELECT repeat('x', 1000) FROM generate_series(1, 100000)"))
+
+    async def silent() -> bool:
+        return bool(
+            await db.fetchval(
+                "SELECT wait_event_type = 'Client' AND state = 'active' AND now() - state_change > '1.2 s' "
+                "FROM pg_stat_activity WHERE pid = $1",
+                cut_off.get_server_pid(),
+            )
+        )
+
+    await until(silent)
+    worker = Worker(pool, database_url, quick, Registry())
+    running = asyncio.create_task(worker.run())
+    await settled(db, event_id, "processed")
+    assert [line["count"] for line in log() if line["event"] == "silent_sessions_ended"] == [1]
+    worker.stop()
+    await running
+    await pool.close()
+    cut_off.terminate()
+    if asking is not None:
+        await asyncio.wait([asking])
