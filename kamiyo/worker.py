@@ -25,7 +25,7 @@ from kamiyo.handlers import Bury, PayloadGone, Registry, Retry, WorkerDied
 from kamiyo.inbox import Claimed, ClaimLost, Outcome, Settled
 from kamiyo.projections import ProjectionError, Row
 from kamiyo.settings import Settings
-from kamiyo.telemetry import happened
+from kamiyo.telemetry import happened, happened_to_each
 
 #: Events of one transaction when handlers run in it. Each takes a savepoint, and PostgreSQL keeps the first 64 of a
 #: transaction in memory (PGPROC_MAX_CACHED_SUBXIDS); beyond that every other session's look at a row gets dearer.
@@ -200,7 +200,7 @@ class Worker:
         for chunk in self._chunks(fit):
             if self._stopping or (tried and time.perf_counter() - began > _TURN_SECONDS):
                 await inbox.release(db, number, [claimed.event.id for claimed in chunk])
-                happened("claims_given_back", count=len(chunk))
+                happened_to_each("claim_given_back", ({"event_id": claimed.event.id} for claimed in chunk))
                 continue
             try:
                 tried += await self._run_chunk(db, number, chunk)
@@ -273,7 +273,7 @@ class Worker:
         untried = [trial.event.id for trial in trials if trial.untried]
         if untried:
             await inbox.release(db, number, untried)
-            happened("claims_given_back", count=len(untried))
+            happened_to_each("claim_given_back", ({"event_id": event_id} for event_id in untried))
         trials = [trial for trial in trials if not trial.untried]
         well = [trial for trial in trials if trial.error is None]
         if well:
@@ -370,16 +370,15 @@ class Worker:
     def _tell(self, trials: Sequence[_Trial]) -> None:
         well = [trial for trial in trials if trial.error is None]
         if well:
-            happened("event_processed", count=len(well), event_ids=[trial.event.id for trial in well])
+            happened_to_each("event_processed", (_said_of(trial) for trial in well))
         for trial in trials:
             label = telemetry.label(trial.event.type)
             telemetry.DURATION.labels(label).observe(trial.seconds)
             if trial.error is None:
                 telemetry.EVENTS.labels(label, "processed").inc()
                 continue
-            facts = {"event_id": trial.event.id, "event_type": label, "attempt": trial.attempt}
             failure = handlers.failure_of(trial.error)
-            facts |= {"error": failure.error_type, "fingerprint": failure.fingerprint}
+            facts = _said_of(trial) | {"error": failure.error_type, "fingerprint": failure.fingerprint}
             if self._retry_in(trial.error, trial.attempt) is None:
                 telemetry.EVENTS.labels(label, "failed").inc()
                 telemetry.DEAD.labels(label).inc()
@@ -387,6 +386,12 @@ class Worker:
             else:
                 telemetry.RETRIES.labels(label).inc()
                 happened("try_failed", **facts)
+
+
+def _said_of(trial: _Trial) -> dict[str, str | int | float]:
+    event = trial.event
+    took = round(trial.seconds * 1000, 3)
+    return {"event_id": event.id, "event_type": event.type, "attempt": trial.attempt, "took_ms": took}
 
 
 # A worker that dies while a handler's query runs would hold its lanes until that query ends, which may be never: only

@@ -320,7 +320,7 @@ async def test_sigterm_lets_a_worker_finish_what_it_handles_and_gives_the_rest_b
     assert {stands[second][0], stands[third][0]} <= {"pending", "processing", "processed"}
     assert first in effects
     log = worker.log.read_text()
-    assert '"claims_given_back"' in log
+    assert '"claim_given_back"' in log
 
 
 async def test_sigterm_abandons_a_handler_that_outlasts_the_grace_and_its_event_is_as_it_was(
