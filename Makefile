@@ -52,10 +52,11 @@ check: $(VENV)/.dev $(VENV)/.project ## Lint, format, types, security, known vul
 		2>$(VENV)/.audit.log | $(PY) -c "$$AUDIT" $(VENV)/.audit.log
 
 lock: $(VENV)/.dev ## Write the lock files from requirements*.in (ARGS=--upgrade: newest versions)
-	@set -e; for name in requirements requirements-dev; do \
+	@set -e; for name in requirements requirements-otel requirements-dev; do \
 		cp $$name.txt $(VENV)/lock.txt; \
 		$(PY) -m uv pip compile -q --no-config --universal --python-version 3.11 --generate-hashes \
-			--no-emit-index-url --no-annotate --no-header $(ARGS) $$name.in -o $(VENV)/lock.txt >/dev/null; \
+			--no-emit-index-url --no-annotate --no-header $(ARGS) $$name.in \
+			$$([ $$name = requirements ] || echo --constraint requirements.txt) -o $(VENV)/lock.txt >/dev/null; \
 		if cmp -s $(VENV)/lock.txt $$name.txt; then echo "$$name.txt is as it was."; \
 		else cp $(VENV)/lock.txt $$name.txt; echo "$$name.txt is new; the next make installs it."; fi; \
 	done

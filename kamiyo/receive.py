@@ -15,7 +15,7 @@ from enum import StrEnum
 
 import asyncpg
 
-from kamiyo import handlers, inbox, projections, signature, telemetry
+from kamiyo import handlers, inbox, projections, signature, telemetry, tracing
 from kamiyo.database import DATABASE_ERRORS, Connection, Pool
 from kamiyo.errors import DatabaseUnavailable, Overloaded, SecretMissing, Unavailable
 from kamiyo.event import Event, parse
@@ -58,8 +58,15 @@ class _Waiting:
 class Receiver:
     """The door of one process. `run` must be running for `receive` to return."""
 
-    def __init__(self, pool: Pool, settings: Settings, registry: Registry = handlers.registry) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        settings: Settings,
+        registry: Registry = handlers.registry,
+        traces: tracing.Traces | None = None,
+    ) -> None:
         self._pool = pool
+        self._traces = traces
         self._registry = registry
         self._secrets = settings.webhook_secrets
         self._tolerance = settings.signature_tolerance
@@ -78,16 +85,38 @@ class Receiver:
         if not self._secrets:
             raise SecretMissing
 
-    async def receive(self, body: bytes, header: bytes | str | None) -> Receipt:
+    async def receive(self, body: bytes, header: bytes | str | None, caller: bytes | None = None) -> Receipt:
         """Verify `body`, store the event, and return once it is committed.
 
-        Raises SignatureError, PayloadError, or Unavailable; after any of them nothing is promised, and after the
-        first two nothing was written.
+        `caller` is the request's `traceparent` header, if it has one. Raises SignatureError, PayloadError, or
+        Unavailable; after any of them nothing is promised, and after the first two nothing was written.
         """
         now = time.time()
         signature.verify(body, header, self._secrets, now, self._tolerance)
         event = parse(body, received=now)
+        if self._traces is not None:
+            return Receipt(event.id, event.type, await self._store_traced(self._traces, event, now, caller))
         return Receipt(event.id, event.type, await self.store(event))
+
+    async def _store_traced(self, traces: tracing.Traces, event: Event, began: float, caller: bytes | None) -> Message:
+        message: Message | None = None
+        error = "cancelled"
+        try:
+            message = await self.store(event)
+            return message
+        except Unavailable as refusal:
+            error = type(refusal).__name__
+            raise
+        finally:
+            traces.received(
+                event.id,
+                event.type,
+                began=int(began * 1e9),
+                said=message.value if message else error,
+                copy=message not in (None, Message.received),
+                error=message is None,
+                caller=caller.decode("latin-1") if caller else None,
+            )
 
     async def store(self, event: Event) -> Message:
         """Join the next group commit. Raises Overloaded, or DatabaseUnavailable when the commit cannot be had."""
@@ -172,6 +201,18 @@ class Receiver:
                 status = Status.pending
             _tell(waiting, _MESSAGES[status])
         _count(group, first, stored, took)
+        if self._traces is not None:
+            ended = tracing.now()
+            for event_id, waiting in first.items():
+                if event_id not in stored.known:
+                    self._traces.committed(
+                        event_id,
+                        waiting.event.type,
+                        began=ended - int(took * 1e9),
+                        ended=ended,
+                        group=len(group),
+                        processed=event_id not in stored.left,
+                    )
 
     async def _put(self, db: Connection, events: Sequence[Event], began: float) -> Stored:
         async with asyncio.timeout(self._commit_timeout):

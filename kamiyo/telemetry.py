@@ -120,6 +120,8 @@ _LEVELS: dict[str, int] = {
     "alert_told": _INFO,
     "alert_failed": _WARNING,
     "alert_channel_unusable": _ERROR,
+    # traces
+    "spans_lost": _WARNING,
     # by hand
     "admin_refused": _WARNING,
     "events_retried": _INFO,
@@ -194,6 +196,13 @@ def happened_to_each(name: str, /, each: Iterable[Mapping[str, Any]]) -> None:
     level = _LEVELS[name]
     if level >= _loudness:
         _words(level, name, each)
+
+
+def silence(logger: str) -> None:
+    """Keep a library's own log lines out of the log: what they say is said here, without addresses and headers."""
+    found = logging.getLogger(logger)
+    found.addHandler(logging.NullHandler())
+    found.propagate = False
 
 
 def label_types(types: Iterable[str]) -> None:

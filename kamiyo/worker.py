@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from kamiyo import handlers, inbox, projections, retry, telemetry, ties
+from kamiyo import handlers, inbox, projections, retry, telemetry, ties, tracing
 from kamiyo.database import DATABASE_ERRORS, Connection, Pool, listening
 from kamiyo.errors import DatabaseUnavailable, KamiyoError
 from kamiyo.event import Event
@@ -58,6 +58,7 @@ class _Trial:
     seconds: float = 0.0
     superseded: bool = False
     untried: bool = False
+    trace: tracing.Try | None = None
 
     @property
     def event(self) -> Event:
@@ -73,6 +74,7 @@ class Worker:
     settings: Settings
     registry: Registry = field(default_factory=lambda: handlers.registry)
     rng: random.Random = field(default_factory=random.Random)
+    traces: tracing.Traces | None = None
 
     def __post_init__(self) -> None:
         self._wake = asyncio.Event()
@@ -230,6 +232,8 @@ class Worker:
     async def _run_chunk(self, db: Connection, number: int, chunk: Sequence[Claimed]) -> int:
         """Handle and settle a chunk in one transaction; return how many of it were tried, the rest being given back."""
         trials = [_Trial(claimed, claimed.attempts + 1) for claimed in chunk]
+        if self.traces is not None:
+            self._trace(trials, number)
         if len(trials) == 1 and (chunk[0].suspect or self.registry.of(trials[0].event.type)):
             await inbox.start(db, number, trials[0].event.id, trials[0].attempt)
         try:
@@ -257,6 +261,10 @@ class Worker:
         began = time.perf_counter()
         await _project(db, trials)
         share = (time.perf_counter() - began) / len(trials)
+        if self.traces is not None:
+            for trial in trials:
+                if trial.trace and trial.row is not None:
+                    trial.trace.projected()
         savepoint = False
         for at, trial in enumerate(trials):
             trial.seconds = share
@@ -276,6 +284,10 @@ class Worker:
             happened_to_each("claim_given_back", ({"event_id": event_id} for event_id in untried))
         trials = [trial for trial in trials if not trial.untried]
         well = [trial for trial in trials if trial.error is None]
+        if self.traces is not None:
+            for trial in trials:
+                if trial.trace:
+                    trial.trace.settling()
         if well:
             settled = [Settled(t.event.id, t.outcome, t.attempt, int(t.seconds * 1e6)) for t in well]
             await inbox.succeed(db, number, settled)
@@ -291,7 +303,8 @@ class Worker:
                 if at:
                     # PostgreSQL ends a session that is silent for longer than one handler may be.
                     await db.execute("SELECT 1")
-                await handlers.run(db, event, [handler], timeout=self.settings.handler_timeout)
+                with trial.trace.handling(_name_of(handler)) if trial.trace else _UNTRACED:
+                    await handlers.run(db, event, [handler], timeout=self.settings.handler_timeout)
             trial.outcome = Outcome.handled
         except (Exception, SystemExit, asyncio.CancelledError) as error:
             # Raised by the handler, it is an error like any other; sent to this task, it means to stop.
@@ -342,6 +355,7 @@ class Worker:
 
     async def _fail_alone(self, db: Connection, number: int, claimed: Claimed, error: BaseException) -> None:
         trial = _Trial(claimed, min(claimed.attempts + 1, retry.MAX_ATTEMPTS), error=error)
+        self._trace([trial], number)
         with contextlib.suppress(ClaimLost):
             await self._record(db, number, trial)
             self._tell([trial])
@@ -349,6 +363,7 @@ class Worker:
     async def _record_death(self, db: Connection, number: int, claimed: Claimed) -> None:
         # The try was counted when it began.
         trial = _Trial(claimed, max(claimed.attempts, 1), error=WorkerDied("the worker process died while handling it"))
+        self._trace([trial], number)
         happened("worker_death_found", event_id=claimed.event.id, attempt=trial.attempt)
         with contextlib.suppress(ClaimLost):
             await self._record(db, number, trial)
@@ -365,6 +380,11 @@ class Worker:
             if db.is_closed():
                 raise
 
+    def _trace(self, trials: Sequence[_Trial], number: int) -> None:
+        if self.traces is not None:
+            for trial in trials:
+                trial.trace = self.traces.trying(trial.event.id, trial.event.type, number, trial.attempt)
+
     # ── Told after the commit, so that nothing is counted that was undone ────────────────────────────────────────
 
     def _tell(self, trials: Sequence[_Trial]) -> None:
@@ -376,8 +396,12 @@ class Worker:
             telemetry.DURATION.labels(label).observe(trial.seconds)
             if trial.error is None:
                 telemetry.EVENTS.labels(label, "processed").inc()
+                if trial.trace:
+                    trial.trace.ended(trial.outcome.value)
                 continue
             failure = handlers.failure_of(trial.error)
+            if trial.trace:
+                trial.trace.ended("failed", failure.error_type, failure.fingerprint)
             facts = _said_of(trial) | {"error": failure.error_type, "fingerprint": failure.fingerprint}
             if self._retry_in(trial.error, trial.attempt) is None:
                 telemetry.EVENTS.labels(label, "failed").inc()
@@ -386,6 +410,13 @@ class Worker:
             else:
                 telemetry.RETRIES.labels(label).inc()
                 happened("try_failed", **facts)
+
+
+_UNTRACED = contextlib.nullcontext()
+
+
+def _name_of(handler: handlers.Handler) -> str:
+    return getattr(handler, "__qualname__", "handler")
 
 
 def _said_of(trial: _Trial) -> dict[str, str | int | float]:

@@ -18,7 +18,7 @@ from tests.conftest import ROOT
 FLOORS: list[set[str]] = [
     {"errors"},
     {"settings", "telemetry"},
-    {"signature", "event", "retry", "watchdog"},
+    {"signature", "event", "retry", "watchdog", "tracing"},
     {"postgres", "database"},
     {"stripe_api"},
     {"projections"},

@@ -9,7 +9,7 @@ import random
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
-from kamiyo import database, handlers, inbox, telemetry
+from kamiyo import database, handlers, inbox, telemetry, tracing
 from kamiyo.alerts import Alerts
 from kamiyo.database import DATABASE_ERRORS, UNAVAILABLE, Pool
 from kamiyo.errors import DatabaseUnavailable, KamiyoError
@@ -58,6 +58,7 @@ async def running(settings: Settings) -> AsyncIterator[System]:
     telemetry.configure_logging(level=settings.log_level, log_format=settings.log_format.value)
     handlers.load(settings.handler_modules)
     telemetry.label_types(handlers.registry.types())
+    traces = tracing.start(settings)
     async with database_url(settings) as url:
         pool = await database.open_pool(
             url,
@@ -66,7 +67,12 @@ async def running(settings: Settings) -> AsyncIterator[System]:
             idle_limit=settings.handler_timeout + settings.idle_limit,
         )
         system = System(
-            settings, url, pool, Receiver(pool, settings), Worker(pool, url, settings), Alerts(pool, settings)
+            settings,
+            url,
+            pool,
+            Receiver(pool, settings, traces=traces),
+            Worker(pool, url, settings, traces=traces),
+            Alerts(pool, settings),
         )
         aside: list[asyncio.Task[None]] = []
         try:
@@ -91,6 +97,8 @@ async def running(settings: Settings) -> AsyncIterator[System]:
             for task in aside:
                 task.cancel()
             await _stop(system)
+            if traces is not None:
+                await traces.flush(settings.shutdown_grace * _TO_HAND_OVER)
             happened("stopped")
 
 
@@ -143,7 +151,7 @@ async def _serve(system: System) -> None:
 
 # Shares of the grace: for finishing, for taking back what did not finish, for saying goodbye to PostgreSQL. Together
 # they are less than the whole, because whoever waits for the end of the grace kills.
-_TO_FINISH, _TO_TAKE_BACK, _TO_CLOSE = 0.7, 0.15, 0.1
+_TO_FINISH, _TO_TAKE_BACK, _TO_CLOSE, _TO_HAND_OVER = 0.7, 0.13, 0.1, 0.05
 
 
 async def _stop(system: System) -> None:

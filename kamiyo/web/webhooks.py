@@ -65,18 +65,20 @@ class StripeEndpoint:
         if system is None:
             raise Unavailable("the application's lifespan has not started")
         system.receiver.ready()
-        signature, length = None, None
+        signature, length, caller = None, None, None
         for name, value in scope["headers"]:
             if name == b"stripe-signature":
                 signature = value
             elif name == b"content-length":
                 length = value
+            elif name == b"traceparent":
+                caller = value
         limit = system.settings.max_body_bytes
         if length is not None and length.isdigit() and int(length[:12]) > limit:
             raise BodyTooLarge
         body = await _body(receive, limit)
         try:
-            receipt = await system.receiver.receive(body, signature)
+            receipt = await system.receiver.receive(body, signature, caller)
         except SignatureError as error:
             system.alerts.signatures.refused(error.reason, body)
             raise
