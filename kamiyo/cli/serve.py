@@ -17,7 +17,7 @@ from kamiyo import database, telemetry
 from kamiyo.cli.console import complain, console, make_development_secrets, settings_for_commands
 from kamiyo.errors import SettingsError
 from kamiyo.settings import Settings, load_settings
-from kamiyo.web.system import database_url, running
+from kamiyo.web.system import TO_FINISH, database_url, running
 
 
 def serve(
@@ -62,7 +62,8 @@ def serve(
         "access_log": False,
         "log_level": "warning",
         "server_header": False,
-        "timeout_graceful_shutdown": max(int(settings.shutdown_grace), 1),
+        # Handlers have the same time: both count from the signal.
+        "timeout_graceful_shutdown": settings.shutdown_grace * TO_FINISH,
     }
     _stop_quietly()
     try:
