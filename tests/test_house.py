@@ -25,7 +25,7 @@ FLOORS: list[set[str]] = [
     {"inbox"},
     {"ties"},
     {"handlers", "rebuild", "alerts", "simulator"},
-    {"receive", "reconcile", "conform", "doctor"},
+    {"receive", "shadow", "upgrade", "reconcile", "conform", "doctor"},
     {"worker"},
     {"web"},
     {"cli"},

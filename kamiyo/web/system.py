@@ -17,6 +17,7 @@ from kamiyo.postgres import EmbeddedPostgres
 from kamiyo.receive import Receiver
 from kamiyo.reconcile import keep_reconciling
 from kamiyo.settings import Settings
+from kamiyo.shadow import ShadowReceiver
 from kamiyo.stripe_api import StripeApi
 from kamiyo.telemetry import happened
 from kamiyo.watchdog import watching
@@ -33,6 +34,7 @@ class System:
     receiver: Receiver
     worker: Worker
     alerts: Alerts
+    shadow: ShadowReceiver
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
     async def refresh_gauges(self) -> None:
@@ -66,7 +68,8 @@ async def running(settings: Settings) -> AsyncIterator[System]:
             idle_limit=settings.handler_timeout + settings.idle_limit,
         )
         system = System(
-            settings, url, pool, Receiver(pool, settings), Worker(pool, url, settings), Alerts(pool, settings)
+            *(settings, url, pool, Receiver(pool, settings), Worker(pool, url, settings)),
+            *(Alerts(pool, settings), ShadowReceiver(pool, settings)),
         )
         aside: list[asyncio.Task[None]] = []
         try:
