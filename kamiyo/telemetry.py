@@ -96,6 +96,9 @@ _LEVELS: dict[str, int] = {
     "delivery_rejected": _WARNING,
     "delivery_unavailable": _ERROR,
     "client_left": _DEBUG,
+    # a twin endpoint on another API version
+    "shadow_received": _INFO,
+    "shadow_refused": _WARNING,
     # processing
     "event_processed": _INFO,
     "try_failed": _WARNING,

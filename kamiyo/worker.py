@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from kamiyo import handlers, inbox, projections, retry, telemetry, ties, tracing
+from kamiyo import handlers, inbox, projections, retry, shadow, telemetry, ties, tracing
 from kamiyo.database import DATABASE_ERRORS, Connection, Pool, listening
 from kamiyo.errors import DatabaseUnavailable, KamiyoError
 from kamiyo.event import Event
@@ -164,6 +164,7 @@ class Worker:
                         happened("silent_sessions_ended", count=silent)
                         self.wake()
                     await inbox.fold_counts(db)
+                    await shadow.prune(db)
                     queue = await inbox.queue(db)
                     telemetry.QUEUE.numbers = {**{name: float(n) for name, n in queue.items()}, "database_up": 1.0}
                     if time.monotonic() >= partitions_at:

@@ -137,7 +137,15 @@ def _document(router: APIRouter) -> None:
                     "required": True,
                     "description": "`t=<unix seconds>,v1=<hex HMAC-SHA256>[,v1=…]`",
                     "schema": {"type": "string"},
-                }
+                },
+                {
+                    "name": "shadow",
+                    "in": "query",
+                    "required": False,
+                    "description": "`1` for a twin endpoint on an API version that is to be tried: what it delivers is "
+                    "verified with STRIPE_SHADOW_WEBHOOK_SECRET, kept apart, and compared by `kamiyo upgrade-report`.",
+                    "schema": {"type": "string"},
+                },
             ],
         },
     )

@@ -22,6 +22,7 @@ from kamiyo.postgres import EmbeddedPostgres
 from kamiyo.receive import Receiver
 from kamiyo.reconcile import keep_reconciling
 from kamiyo.settings import Settings
+from kamiyo.shadow import ShadowReceiver
 from kamiyo.stripe_api import StripeApi
 from kamiyo.telemetry import happened
 from kamiyo.watchdog import watching
@@ -38,6 +39,7 @@ class System:
     receiver: Receiver
     worker: Worker
     alerts: Alerts
+    shadow: ShadowReceiver
     _ready: bool = False
     _serving: asyncio.Task[None] | None = None
     _patience: asyncio.Task[None] | None = None
@@ -90,6 +92,7 @@ async def running(settings: Settings) -> AsyncIterator[System]:
             Receiver(pool, settings, traces=traces),
             Worker(pool, url, settings, traces=traces),
             Alerts(pool, settings),
+            ShadowReceiver(pool, settings),
         )
         aside: list[asyncio.Task[None]] = []
         try:

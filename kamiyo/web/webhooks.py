@@ -13,6 +13,7 @@ import msgspec
 from kamiyo import telemetry
 from kamiyo.errors import BodyTooLarge, BodyTooSlow, PayloadError, ReceiveError, SignatureError, Unavailable
 from kamiyo.receive import Receipt
+from kamiyo.shadow import ShadowReceipt, is_shadow
 from kamiyo.telemetry import happened
 from kamiyo.web.system import System
 
@@ -41,12 +42,19 @@ class StripeEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one delivery: every way it can end is one of the contract's answers."""
+        # Only a twin endpoint's address has a query, so that looking costs the others nothing.
+        query: bytes = scope.get("query_string", b"")
+        shadow = bool(query) and is_shadow(query)
+        receipt: Receipt | ShadowReceipt
         try:
-            receipt = await self._receive(scope, receive)
+            receipt = await self._receive(scope, receive, shadow)
         except _ClientLeft:
             happened("client_left")
         except ReceiveError as error:
-            _count_refusal(error)
+            if shadow:
+                happened("shadow_refused", reason=_reason(error))
+            else:
+                _count_refusal(error)
             await _answer(send, error.status, {"detail": error.detail}, error.retry_after)
         else:
             await _answer(
@@ -54,17 +62,17 @@ class StripeEndpoint:
                 200,
                 {
                     "status": "success",
-                    "message": receipt.message.value,
+                    "message": receipt.message,
                     "event_id": receipt.event_id,
                     "event_type": receipt.event_type,
                 },
             )
 
-    async def _receive(self, scope: Scope, receive: Receive) -> Receipt:
+    async def _receive(self, scope: Scope, receive: Receive, shadow: bool) -> Receipt | ShadowReceipt:
         system = self._system()
         if system is None:
             raise Unavailable("the application's lifespan has not started")
-        system.receiver.ready()
+        (system.shadow if shadow else system.receiver).ready()
         signature, length, caller = None, None, None
         for name, value in scope["headers"]:
             if name == b"stripe-signature":
@@ -77,6 +85,8 @@ class StripeEndpoint:
         if length is not None and length.isdigit() and int(length[:12]) > limit:
             raise BodyTooLarge
         body = await _body(receive, limit)
+        if shadow:
+            return await system.shadow.receive(body, signature)
         try:
             receipt = await system.receiver.receive(body, signature, caller)
         except SignatureError as error:
@@ -118,17 +128,20 @@ async def _rest_of_body(receive: Receive, body: bytes, limit: int) -> bytes:
     return b"".join(parts)
 
 
-def _count_refusal(error: ReceiveError) -> None:
+def _reason(error: ReceiveError) -> str:
     if isinstance(error, SignatureError):
-        reason = f"signature_{error.reason}"
-    elif isinstance(error, PayloadError):
-        reason = "payload"
-    elif isinstance(error, BodyTooLarge):
-        reason = "too_large"
-    elif isinstance(error, BodyTooSlow):
-        reason = "too_slow"
-    else:
-        reason = type(error).__name__.lower()
+        return f"signature_{error.reason}"
+    if isinstance(error, PayloadError):
+        return "payload"
+    if isinstance(error, BodyTooLarge):
+        return "too_large"
+    if isinstance(error, BodyTooSlow):
+        return "too_slow"
+    return type(error).__name__.lower()
+
+
+def _count_refusal(error: ReceiveError) -> None:
+    reason = _reason(error)
     telemetry.REJECTED.labels(reason).inc()
     happened("delivery_rejected", reason=reason)
 
