@@ -136,8 +136,12 @@ async def database_url(settings: Settings) -> AsyncIterator[str]:
         await asyncio.to_thread(server.stop)
 
 
+# A route that is lost ends no connection: without a limit the start would wait for its answer for ever.
+_START_PATIENCE_SECONDS = 30.0
+
+
 async def _make_ready(system: System) -> None:
-    db = await database.connect(system.url, application="kamiyo start")
+    db = await database.connect(system.url, application="kamiyo start", patience=_START_PATIENCE_SECONDS)
     try:
         if system.settings.auto_migrate:
             await database.migrate(db, report=lambda name: happened("migrated", migration=name))

@@ -30,7 +30,7 @@ from kamiyo.database import Connection
 from kamiyo.errors import KamiyoError
 from kamiyo.event import Event
 from kamiyo.handlers import Registry
-from kamiyo.web import create_app
+from kamiyo.web import create_app, system
 from kamiyo.worker import Worker
 from tests.conftest import (
     ROOT,
@@ -309,6 +309,23 @@ async def test_a_database_that_dies_in_the_middle_of_a_start_delays_it_and_does_
         event_id = fresh_id()
         assert (await deliver(client, event_json(event_id))).status_code == 200
         await settled(db, event_id, "processed")
+
+
+async def test_a_start_whose_question_is_not_answered_asks_again(
+    database_url: str, db: Connection, settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(system, "_START_PATIENCE_SECONDS", 0.2)
+    app = create_app(settings(KAMIYO_COMMIT_TIMEOUT=0.2, KAMIYO_WORKER=False))
+    async with contextlib.AsyncExitStack() as stack:
+        async with db.transaction():
+            await db.execute("LOCK TABLE webhook_migrations")
+            client = await stack.enter_async_context(running_client(app))
+            assert (await deliver(client, event_json())).status_code == 503
+
+        async def taken() -> bool:
+            return (await deliver(client, event_json())).status_code == 200
+
+        await until(taken)
 
 
 async def test_a_server_whose_connections_lead_nowhere_any_more_takes_new_ones(
