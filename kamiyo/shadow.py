@@ -109,7 +109,8 @@ class ShadowReceiver:
                 # Nobody may be listening any more; asyncio would call that an error of ours.
                 one.stored.exception()
             raise
-        happened("shadow_received", count=len(new), event_ids=sorted(new))
+        for event_id in sorted(new):
+            happened("shadow_received", event_id=event_id)
         for one in group:
             one.stored.set_result(one.event.id in new)
 

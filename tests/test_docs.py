@@ -181,9 +181,8 @@ def test_every_setting_named_exists(document: Path) -> None:
 def test_every_command_named_exists(document: Path) -> None:
     commands = generate.commands()
     for line in code_of(document).splitlines():
-        for found in re.finditer(
-            r"(?:^|[\s/])kamiyo (?!import )([a-z]+(?:-[a-z]+)*)(?: ([a-z]+))?", line.partition("#")[0]
-        ):
+        told = line.partition("#")[0]
+        for found in re.finditer(r"(?:^|[\s/])kamiyo (?!import )([a-z]+(?:-[a-z]+)*)(?: ([a-z]+))?", told):
             words = " ".join(filter(None, found.groups()))
             command = commands.get(words) or commands.get(found[1])
             assert command is not None, f"kamiyo {words}: there is no such command"
