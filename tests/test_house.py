@@ -28,7 +28,7 @@ FLOORS: list[set[str]] = [
     {"receive", "reconcile", "conform", "doctor"},
     {"worker"},
     {"web"},
-    {"cli"},
+    {"cli", "testing"},
 ]
 FLOOR = {part: number for number, floor in enumerate(FLOORS) for part in floor}
 
