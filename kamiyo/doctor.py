@@ -34,7 +34,7 @@ from kamiyo.database import DATABASE_ERRORS, Connection, Pool, load_queries
 from kamiyo.errors import SettingsError
 from kamiyo.settings import LogFormat, Settings
 from kamiyo.signature import sign
-from kamiyo.stripe_api import PAGE, StripeApi, StripeError, StripeRefused
+from kamiyo.stripe_api import StripeApi, StripeError, StripeRefused
 
 _SQL = load_queries("doctor.sql")
 
@@ -721,13 +721,9 @@ async def stripe(subject: Subject, pool: Pool | None) -> list[Finding]:
 
 async def _endpoints_of(api: StripeApi) -> list[dict[str, Any]]:
     endpoints: list[dict[str, Any]] = []
-    after: dict[str, str] = {}
-    while True:
-        page = await api.read("/v1/webhook_endpoints", {"limit": PAGE, **after}, patience=20)
-        endpoints += page["data"]
-        if not page["has_more"] or not page["data"]:
-            return endpoints
-        after = {"starting_after": endpoints[-1]["id"]}
+    async for page, _ in api.pages("/v1/webhook_endpoints", patience=20):
+        endpoints += page.value["data"]
+    return endpoints
 
 
 def endpoints_known(endpoints: Iterable[dict[str, Any]], subject: Subject, *, livemode: bool) -> Iterator[Finding]:

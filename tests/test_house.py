@@ -24,6 +24,7 @@ FLOORS: list[set[str]] = [
     {"projections"},
     {"inbox"},
     {"ties"},
+    {"reads"},
     {"handlers", "rebuild", "alerts", "simulator"},
     {"receive", "reconcile", "conform", "doctor"},
     {"worker"},
