@@ -29,7 +29,7 @@ FLOORS: list[set[str]] = [
     {"receive", "shadow", "upgrade", "reconcile", "conform", "doctor"},
     {"worker"},
     {"web"},
-    {"cli"},
+    {"cli", "testing"},
 ]
 FLOOR = {part: number for number, floor in enumerate(FLOORS) for part in floor}
 

@@ -52,14 +52,17 @@ def _router(settings: Settings | None) -> tuple[APIRouter, StripeEndpoint, Dashb
         return settings or load_settings()
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         nonlocal current
+        # An application that is started again reads the environment again.
+        effective.cache_clear()
         async with running(effective()) as system, dashboard.running(system):
-            current = system
+            # For whoever holds the application and not the router: `kamiyo.testing`.
+            current = app.state.kamiyo = system
             try:
                 yield
             finally:
-                current = None
+                current = app.state.kamiyo = None
 
     dashboard = create_dashboard(lambda: current, effective)
     router = APIRouter(lifespan=lifespan)
