@@ -380,7 +380,7 @@ async def test_a_session_that_falls_silent_amid_a_question_or_an_answer_is_ended
         await cut_off.prepare("SELECT 'half of it, and the other half never comes'")
         asking = None
     else:
-        cut_off._transport.pause_reading()
+        cut_off._transport.pause_reading()  # type: ignore[attr-defined]
         asking = asyncio.create_task(cut_off.execute("SELECT repeat('x', 1000) FROM generate_series(1, 100000)"))
 
     async def silent() -> bool:
