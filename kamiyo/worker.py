@@ -17,6 +17,8 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+import asyncpg
+
 from kamiyo import handlers, inbox, projections, retry, shadow, telemetry, ties, tracing
 from kamiyo.database import DATABASE_ERRORS, Connection, Pool, listening
 from kamiyo.errors import DatabaseUnavailable, KamiyoError
@@ -131,6 +133,10 @@ class Worker:
         except DATABASE_ERRORS as error:
             # What was claimed is undone, and found again by whoever looks next.
             happened("worker_turn_failed", error=type(error).__name__)
+            if isinstance(error, asyncpg.OutOfMemoryError):
+                # PostgreSQL's table of locks is full (max_locks_per_transaction): the next turns hold fewer lanes.
+                self._pace = min(2 * self._pace, _TURN_SECONDS)
+                asyncio.get_running_loop().call_later(0.1, self._wake.set)
             await asyncio.sleep(self.rng.uniform(0.1, 0.5))
 
     async def _listen(self) -> None:
