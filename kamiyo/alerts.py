@@ -221,8 +221,8 @@ async def find(db: Connection) -> list[Incident]:
                 "overdue",
                 "Events wait too long",
                 f"{overdue['event_id']} has been due for {overdue['seconds'] / 60:.0f} minutes"
-                f"{_and_more(overdue['due'] - 1)}. Is a worker running (kamiyo worker, or KAMIYO_WORKER in a server)?"
-                " Or do handlers take longer than events come?",
+                f"{_and_more(overdue['due'] - 1)}. Is a worker running (kamiyo worker, or KAMIYO_WORKER on in a "
+                "server)? Or do handlers take longer than events come?",
                 "/events?status=pending",
             )
         )

@@ -244,7 +244,17 @@ async def test_events_that_wait_with_no_worker_are_told(
 def sound(database_url: str) -> Iterator[Served]:
     """A server with a good secret and a good key."""
     with serving(database_url, STRIPE_WEBHOOK_SECRET=GOOD_SECRET, ADMIN_API_KEY=GOOD_ADMIN_KEY) as served:
+        run_apart(_a_worker_listens(database_url))
         yield served
+
+
+async def _a_worker_listens(url: str) -> None:
+    # A server answers a moment before its worker has a session of its own.
+    connection = await asyncpg.connect(url)
+    try:
+        await until(lambda: connection.fetchval(database.load_queries("doctor.sql")["workers"]))
+    finally:
+        await connection.close()
 
 
 async def test_a_sound_server_passes_from_outside_and_nothing_is_stored(
@@ -460,6 +470,7 @@ def test_the_command_speaks_json_and_its_status_says_whether_something_failed(
         for name, value in {**good, "KAMIYO_ENV": "development"}.items():
             monkeypatch.setenv(name, value)
         with serving(url, STRIPE_WEBHOOK_SECRET=GOOD_SECRET, ADMIN_API_KEY=GOOD_ADMIN_KEY) as served:
+            run_apart(_a_worker_listens(url))
             public = f"{served.url}/api/v1/webhooks/stripe"
             status, said = run("--json", "--url", served.url, "--endpoint", public)
             findings = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
