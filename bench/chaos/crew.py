@@ -38,6 +38,11 @@ class Member:
     _log_is_full: bool = False
 
     @property
+    def pid(self) -> int | None:
+        """The number of its process, None before its first."""
+        return self._process.pid if self._process is not None else None
+
+    @property
     def log(self) -> Path:
         """The file with everything it wrote."""
         return self.folder / f"{self.name}.log"

@@ -17,6 +17,7 @@ from kamiyo import database, telemetry
 from kamiyo.cli.console import complain, console, make_development_secrets, settings_for_commands
 from kamiyo.errors import SettingsError
 from kamiyo.settings import Settings, load_settings
+from kamiyo.web.bounds import BoundedProtocol
 from kamiyo.web.system import TO_FINISH, database_url, running
 
 
@@ -58,7 +59,7 @@ def serve(
         "host": settings.host,
         "port": settings.port,
         "loop": "uvloop",
-        "http": "httptools",
+        "http": BoundedProtocol,
         "access_log": False,
         "log_level": "warning",
         "server_header": False,

@@ -120,7 +120,7 @@ def _document(router: APIRouter) -> None:
             503: {
                 "model": models.Detail,
                 "description": "Not committed, with `Retry-After`: Stripe delivers it again. No secret is configured, "
-                "the database is away, or more is waiting than can be committed soon.",
+                "the database is away, or more is waiting than can be committed or received soon.",
                 "headers": {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}},
             },
         },
