@@ -30,6 +30,7 @@ class Member:
     words: Sequence[str]
     env: Mapping[str, str]
     folder: Path
+    output: Path | None = None
     violent: int = 0
     slowest_stop: float = 0.0
     statuses: list[int] = field(default_factory=list)
@@ -44,8 +45,8 @@ class Member:
 
     @property
     def log(self) -> Path:
-        """The file with everything it wrote."""
-        return self.folder / f"{self.name}.log"
+        """The file with everything it wrote: `output`, where that was given."""
+        return self.output or self.folder / f"{self.name}.log"
 
     async def live(self) -> None:
         """Run the process, and run it again whenever it ends, until cancelled; then end it for good."""

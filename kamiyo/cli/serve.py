@@ -1,6 +1,7 @@
 """`kamiyo serve`, `kamiyo worker`, `kamiyo migrate`."""
 
 import asyncio
+import contextlib
 import gc
 import os
 import signal
@@ -118,6 +119,12 @@ _HERE = ("127.0.0.1", "0.0.0.0")  # noqa: S104 - compared with, not bound to
 
 
 def _greet(settings: Settings, made: list[str]) -> None:
+    # A server whose output goes to a full disk receives all the same.
+    with contextlib.suppress(OSError):
+        _say_where_to_look(settings, made)
+
+
+def _say_where_to_look(settings: Settings, made: list[str]) -> None:
     address = f"http://{'localhost' if settings.host in _HERE else settings.host}:{settings.port}"
     kept = settings.database_url is None
     say = console.print

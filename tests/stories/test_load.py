@@ -421,6 +421,16 @@ async def test_sigterm_lets_a_server_answer_what_is_in_flight(
     assert await db.fetchval("SELECT status FROM webhook_events WHERE event_id = $1", event_id) == "processed"
 
 
+async def test_a_server_whose_output_goes_to_a_full_disk_starts_and_receives(
+    slow_database: tuple[str, Connection], tmp_path: Path
+) -> None:
+    url, _ = slow_database
+    [port] = free_ports(1)
+    async with _alone("serve", _env(url, tmp_path, PORT=str(port)), tmp_path, output=Path("/dev/full")):
+        await listening([port])
+        assert (await post(port, event_json())).status == "200"
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 async def test_sigterm_ends_a_server_within_its_grace_whatever_clients_and_handlers_do(
     slow_database: tuple[str, Connection], tmp_path: Path, workers: int
@@ -489,9 +499,11 @@ async def _refuses(port: int) -> bool:
 
 
 @contextlib.asynccontextmanager
-async def _alone(command: str, env: dict[str, str], folder: Path, *options: str) -> AsyncIterator[Member]:
-    """One process that nobody starts again."""
-    member = Member(command, (sys.executable, "-m", "kamiyo", command, *options), env, folder)
+async def _alone(
+    command: str, env: dict[str, str], folder: Path, *options: str, output: Path | None = None
+) -> AsyncIterator[Member]:
+    """One process that nobody starts again, writing to `output` or to a log in `folder`."""
+    member = Member(command, (sys.executable, "-m", "kamiyo", command, *options), env, folder, output=output)
     life = asyncio.create_task(member.live_once())
     try:
         yield member
