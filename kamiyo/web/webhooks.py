@@ -61,6 +61,10 @@ class StripeEndpoint:
             receipt = await self._receive(scope, receive)
         except _ClientLeft:
             happened("client_left")
+        except asyncio.CancelledError:
+            # A server that stops gives up on whoever still waits; unanswered, that would be called an error of ours.
+            await _answer(send, Unavailable.status, {"detail": Unavailable.detail}, Unavailable.retry_after)
+            raise
         except ReceiveError as error:
             _count_refusal(error)
             unread = isinstance(error, _UNREAD)

@@ -29,7 +29,7 @@ from kamiyo.database import Connection
 from tests.conftest import ADMIN_KEY, SECRET, NewDatabase, Served, event_json, fresh_id, serving, settled, until
 from tests.turns import NOW, example, put
 
-SECONDS = float(os.environ.get("KAMIYO_LOAD_SECONDS", "8"))
+SECONDS = float(os.environ.get("KAMIYO_LOAD_SECONDS", "4"))
 
 #: What a server takes of memory at most, in bytes, whatever is thrown at it: see docs/operations.md.
 MOST_RESIDENT = 256 << 20
@@ -409,16 +409,31 @@ async def test_sigterm_lets_a_server_answer_what_is_in_flight(
         async with db.transaction():
             await db.execute("LOCK TABLE webhook_events IN SHARE MODE")
             answer = asyncio.create_task(post(port, event_json(event_id, "customer.updated", example("customer"))))
-
-            async def waits() -> bool:
-                return bool(await db.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"))
-
-            await until(waits)
+            await until(lambda: _waits(db))
             stopping = asyncio.create_task(_stopped(server))
             await until(lambda: _refuses(port))
         assert (await answer).status == "200"
         assert await stopping < _GRACE + _MARGIN
     assert await db.fetchval("SELECT status FROM webhook_events WHERE event_id = $1", event_id) == "processed"
+
+
+async def test_a_delivery_that_outlasts_the_grace_is_answered_503(
+    slow_database: tuple[str, Connection], tmp_path: Path
+) -> None:
+    url, db = slow_database
+    [port] = free_ports(1)
+    env = _env(url, tmp_path, PORT=str(port), KAMIYO_WORKER="false") | {"KAMIYO_SHUTDOWN_GRACE": "1"}
+    async with _alone("serve", env, tmp_path) as server, db.transaction():
+        await listening([port])
+        await db.execute("LOCK TABLE webhook_events IN SHARE MODE")
+        answer = asyncio.create_task(post(port, event_json()))
+        await until(lambda: _waits(db))
+        await _stopped(server)
+        assert (await answer).status == "503"
+
+
+async def _waits(db: Connection) -> bool:
+    return bool(await db.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"))
 
 
 async def test_a_server_whose_output_goes_to_a_full_disk_starts_and_receives(
@@ -475,7 +490,7 @@ async def test_a_database_that_is_away_does_not_make_a_stop_take_the_whole_grace
     event_id = fresh_id()
     async with carrying(url) as proxy, contextlib.AsyncExitStack() as stack:
         server = await stack.enter_async_context(
-            _alone("serve", _env(proxy.url, tmp_path, PORT=str(port)) | {"KAMIYO_SHUTDOWN_GRACE": "8"}, tmp_path)
+            _alone("serve", _env(proxy.url, tmp_path, PORT=str(port)) | {"KAMIYO_SHUTDOWN_GRACE": "6"}, tmp_path)
         )
         await listening([port])
         await put(db, _charge(event_id, 25))
@@ -484,7 +499,7 @@ async def test_a_database_that_is_away_does_not_make_a_stop_take_the_whole_grace
             await stack.enter_async_context(proxy.unreachable())
         else:
             proxy.fall_silent()
-        assert await _stopped(server) < (2 if how == "refuses" else 6)
+        assert await _stopped(server) < (2 if how == "refuses" else 5)
     # Whoever comes next finds it.
     assert await db.fetchval("SELECT status FROM webhook_events WHERE event_id = $1", event_id) == "processing"
 
