@@ -195,6 +195,22 @@ async def test_every_answer_of_an_operators_call_is_kept_from_caches_frames_and_
     assert refused.headers["X-Content-Type-Options"] == "nosniff"
 
 
+async def test_every_page_of_the_application_tells_a_browser_to_do_nothing_unexpected(
+    quiet_client: httpx.AsyncClient,
+) -> None:
+    described = (await quiet_client.get("/openapi.json")).json()["paths"]
+    pages = {path.replace("{event_id}", "evt_1") for path, calls in described.items() if "get" in calls}
+    pages |= {"/", "/docs", "/redoc", "/openapi.json", "/nowhere", "/dashboard", f"{PREFIX}/dashboard/events"}
+    for page in pages:
+        reply = await quiet_client.get(page)
+        assert reply.headers["X-Content-Type-Options"] == "nosniff", page
+        assert reply.headers["X-Frame-Options"] == "DENY", page
+        assert reply.headers["Referrer-Policy"] == "no-referrer", page
+        policy = reply.headers["Content-Security-Policy"]
+        assert policy.startswith("default-src 'none'; ") and "frame-ancestors 'none'" in policy, page
+        assert len(reply.headers.get_list("Content-Security-Policy")) == 1, page
+
+
 def test_no_secret_is_in_the_repository() -> None:
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
     if not tracked:

@@ -74,8 +74,11 @@ def main(
     broken: str | None = None,
     must_be_caught: bool = False,
     only_schedule: bool = False,
+    keep: bool = False,
 ) -> int:
     """Run it, print what it came to, and return the exit status: 0, 1 for a fault, 130 when it was interrupted.
+
+    The processes' logs are kept where something was found, or with `keep`.
 
     With `must_be_caught` it is 0 if the broken build was caught by the count that is meant for its fault, else 1.
     """
@@ -86,7 +89,7 @@ def main(
         return 0
     narrate()
     try:
-        verdict = uvloop.run(_run(seconds, seed, broken, pace))
+        verdict = uvloop.run(_run(seconds, seed, broken, pace, keep=keep))
     except (asyncio.CancelledError, KeyboardInterrupt):
         return 130
     _print(verdict, broken)
@@ -95,7 +98,7 @@ def main(
     return 1 if verdict.findings else 0
 
 
-async def _run(seconds: float, seed: int, broken: str | None, pace: Pace) -> Verdict:
+async def _run(seconds: float, seed: int, broken: str | None, pace: Pace, *, keep: bool) -> Verdict:
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
@@ -132,7 +135,7 @@ async def _run(seconds: float, seed: int, broken: str | None, pace: Pace) -> Ver
             if not posting.cancelled():
                 posting.result()
             verdict = await _verdict(server, sent, stripe, kills)
-        if verdict.findings and broken is None:
+        if keep or (verdict.findings and broken is None):
             folder.keep()
             print(f"logs: {folder.path}")
         return verdict
