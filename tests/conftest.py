@@ -70,13 +70,10 @@ hypothesis_settings.register_profile(
 )
 hypothesis_settings.load_profile("kamiyo")
 
-#: How thoroughly laws are tried: `make properties` tries each with many more examples, and longer ones.
-THOROUGHNESS = int(os.environ.get("KAMIYO_THOROUGHNESS", "1"))
-
 
 def examples(count: int) -> hypothesis_settings:
-    """So many examples of a law, and more where there is time."""
-    return hypothesis_settings(max_examples=count * THOROUGHNESS)
+    """So many examples of a law; with `make properties` many times as many."""
+    return hypothesis_settings(max_examples=count * int(os.environ.get("KAMIYO_THOROUGHNESS", "1")))
 
 
 # ── What nobody may read ──────────────────────────────────────────────────────────────────────────────────

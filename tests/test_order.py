@@ -24,7 +24,7 @@ from kamiyo.inbox import Outcome
 from kamiyo.projections import TABLES, Row
 from kamiyo.receive import ready_to_project
 from kamiyo.simulator import API_VERSIONS, SimulatedEvent, World, deliveries, lifecycle
-from tests.conftest import THOROUGHNESS, MakeSettings, event_json, examples, fresh_id
+from tests.conftest import MakeSettings, event_json, examples, fresh_id
 from tests.turns import NOW, Tables, billing, example, read, work_off, worker_on
 
 Batch = list[Event]
@@ -65,9 +65,8 @@ class Lives:
 
 @st.composite
 def lives(draw: st.DrawFn, *, flips: bool) -> Lives:
-    """A few lives. With `flips` a second can hold a change and its undoing."""
-    most = (5, 12) if THOROUGHNESS == 1 else (12, 25)
-    seed, count, steps = draw(st.integers(0, 2**32)), draw(st.integers(1, most[0])), draw(st.integers(1, most[1]))
+    """Up to twelve lives. With `flips` a second can hold a change and its undoing."""
+    seed, count, steps = draw(st.integers(0, 2**32)), draw(st.integers(1, 12)), draw(st.integers(1, 25))
     world, rng = World(seed, start=NOW, payments=False), random.Random(seed)
     return Lives(world, [lifecycle(world, rng, steps=steps, flips=flips) for _ in range(count)], rng)
 
@@ -127,7 +126,7 @@ def undecided(tables: Tables) -> list[tuple[str, str]]:
 # ── The law ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@examples(8)
+@examples(14)
 @given(lives=lives(flips=False))
 async def test_any_order_any_duplicates_any_versions_and_any_batches_end_in_the_truth(
     lives: Lives, db: Connection
@@ -141,7 +140,7 @@ async def test_any_order_any_duplicates_any_versions_and_any_batches_end_in_the_
         assert but_for_the_clock(shuffled.tables) == but_for_the_clock(straight.tables)
 
 
-@examples(8)
+@examples(14)
 @given(lives=lives(flips=True))
 async def test_a_change_and_its_undoing_in_one_second_end_alike_and_nobody_guesses(
     lives: Lives, db: Connection
@@ -170,7 +169,7 @@ def _goes_round(told: Sequence[SimulatedEvent]) -> bool:
     return any(len(set(path)) < len(path) for path in seconds.values())
 
 
-@examples(4)
+@examples(6)
 @given(lives=lives(flips=False))
 async def test_told_backwards_every_event_but_the_last_state_is_superseded(lives: Lives, db: Connection) -> None:
     backwards = Lives(lives.world, [list(reversed(life)) for life in lives.told], lives.rng)
@@ -195,7 +194,7 @@ def _as_plain(row: Row) -> dict[str, Any]:
 # ── The same through every door ─────────────────────────────────────────────────────────────────────────────
 
 
-@examples(4)
+@examples(6)
 @given(lives=lives(flips=True), size=st.integers(1, 30))
 async def test_workers_and_arrivals_come_to_what_the_projection_comes_to(
     lives: Lives, size: int, db: Connection, database_url: str, settings: MakeSettings

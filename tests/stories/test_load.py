@@ -138,7 +138,7 @@ async def test_at_ten_times_the_load_it_can_carry_a_server_sheds_and_keeps_what_
         shed = flood.result()
         assert set(shed.statuses) <= {"200", "503", "connection"}, shed.statuses
         # A connection that the machine does not get round to in time is a retry, like a 503; most are to be answered.
-        assert shed.statuses["connection"] < 0.25 * shed.statuses.total()
+        assert shed.statuses["connection"] < 0.05 * shed.statuses.total()
         assert shed.statuses["503"] > shed.statuses["200"] > 0
         assert shed.retry_after == {"2"}
         assert most < MOST_RESIDENT, f"{most >> 20} MiB"
@@ -200,6 +200,7 @@ async def _offered(port: int, *, connections: int, rate: float, seconds: float) 
             while sent < now * rate:
                 tickets.put_nowait(None)
                 sent += 1
+            # Load at a rate is made of time: what is due is sent every hundredth of a second.
             await asyncio.sleep(0.01)
         for carrier in carriers:
             carrier.cancel()
@@ -564,6 +565,7 @@ async def test_a_rolling_restart_of_two_servers_under_load_loses_no_request(
                         statuses["connection"] += 1
                         connections.drop(server)
                         server = 1 - server
+                        # A client's own pause between two attempts; nothing is waited for.
                         await asyncio.sleep(0.01)
                         continue
                     statuses[answer.status] += 1
