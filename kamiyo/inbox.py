@@ -110,10 +110,8 @@ async def put(db: Connection, events: Sequence[Event], *, source: str = "webhook
 
     `events` must not name an id twice. One statement: outside a transaction it is one commit, and a notice after it.
     """
-    known: list[asyncpg.Record] = await db.fetch(
-        _SQL["put"], [(*Arrival(event, None).told, None) for event in events], [event.body for event in events], source
-    )
-    await notify(db)
+    arrivals = [(*Arrival(event, None).told, None, 0) for event in events]
+    known: list[asyncpg.Record] = await db.fetch(_SQL["put"], arrivals, [event.body for event in events], source)
     return {event_id: Status(status) for event_id, status in known}
 
 
@@ -124,7 +122,7 @@ class Arrival:
 
     def __init__(self, event: Event, outcome: Outcome | None) -> None:
         self.event, self.outcome, self.lane = event, outcome, event.lane
-        # As PostgreSQL's type `webhook_arrival` takes it, but for the outcome, which may change until it is stored.
+        # As PostgreSQL's type `webhook_arrival` takes it, but for outcome and cost, which are known when it is stored.
         self.told = (
             *(event.id, event.type, event.created, event.livemode, event.thin, event.account, event.context),
             *(event.api_version, event.object_type, event.object_id, event.customer, event.snapshot_event, self.lane),
@@ -146,22 +144,18 @@ async def put_projected(
     *,
     microseconds: int,
     source: str = "webhook",
-    wake: bool = True,
 ) -> Stored:
     """Store what is new and project it in the same commit, where nothing stands in the way.
 
     `rows` are the billing rows of the arrivals that have an outcome, one for each object at most; `microseconds` is
-    what an event has cost so far. `wake`: wake the workers of every process where something is left to them. Neither
-    `arrivals` nor `rows` may name an event or an object twice.
+    what an event has cost so far. Neither `arrivals` nor `rows` may name an event or an object twice.
     """
     by_table = [[projections.composite(row) for row in rows if row.table == table] for table in TABLES]
-    told = [(*a.told, a.outcome) for a in arrivals]
+    told = [(*a.told, a.outcome, microseconds) for a in arrivals]
     bodies = [a.event.body for a in arrivals]
     lanes = [*{a.lane for a in arrivals if a.outcome}]
     known, left = {}, {a.event.id for a in arrivals if not a.outcome}
-    for event_id, status, is_new in await db.fetch(
-        _SQL["receive"], told, bodies, lanes, *by_table, source, wake, microseconds
-    ):
+    for event_id, status, is_new in await db.fetch(_SQL["receive"], told, bodies, lanes, *by_table, source):
         if is_new:
             left.add(event_id)
         else:
@@ -203,9 +197,22 @@ async def unlock(db: Connection) -> None:
     await db.execute(_SQL["unlock"])
 
 
+async def wake_own(db: Connection) -> None:
+    """Send no notice over this session from now on: who stores wakes the worker of its own process."""
+    await db.execute(_SQL["wake_own"])
+
+
 async def notify(db: Connection) -> None:
     """Wake the workers of every process."""
     await db.execute(_SQL["notify"], timeout=5)
+
+
+async def end_silent(db: Connection, after: float) -> int:
+    """End the sessions of this application that went silent in mid-question over `after` seconds ago; return how many.
+
+    Whatever they held is free then. `after` must be longer than any process may take between two messages.
+    """
+    return int(await db.fetchval(_SQL["end_silent"], after))
 
 
 async def start(db: Connection, claim_number: int, event_id: str, attempt: int) -> None:

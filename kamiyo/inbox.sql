@@ -43,7 +43,7 @@ WHERE s.event_id IS NULL;
 -- Stores new events, and processes those whose billing row is all they need: see 006_project_on_arrival.sql.
 SELECT known_event_id, known_status, is_new FROM webhook_receive(
     $1::webhook_arrival[], $2::bytea[], $3::integer[], $4::billing.customers_row[], $5::billing.subscriptions_row[],
-    $6::billing.invoices_row[], $7::billing.payment_methods_row[], $8, $9, $10
+    $6::billing.invoices_row[], $7::billing.payment_methods_row[], $8
 );
 
 -- name: claim
@@ -53,12 +53,25 @@ SELECT claim, due_in, seq, created_at, event_id, event_type, stripe_created, liv
        started, body
 FROM webhook_claim($1, $2);
 
+-- name: wake_own
+-- From now on storing over this session sends no notice: see 018_claim.sql.
+SELECT set_config('kamiyo.notices', 'off', false);
+
 -- name: notify
 -- Wakes the workers of every process.
 SELECT pg_notify('webhook_events', '');
 
 -- name: unlock
 SELECT pg_advisory_unlock_all();
+
+-- name: end_silent
+-- Ends the sessions of this application that fell silent in the middle of a question, or of an answer, over $1 seconds
+-- ago: their process was cut off or frozen there. PostgreSQL's own limits for silent sessions count between questions
+-- only, so such a session would keep its lanes and its row locks for as long as TCP believes in it, for hours.
+SELECT count(*) FILTER (WHERE pg_terminate_backend(pid)) FROM pg_stat_activity
+WHERE datname = current_database() AND usename = current_user AND pid <> pg_backend_pid()
+  AND application_name = current_setting('application_name')
+  AND state = 'active' AND wait_event_type = 'Client' AND state_change < clock_timestamp() - make_interval(secs => $1);
 
 -- name: start
 -- Counts a try before it is run, for an event that runs alone: should it take the process down, the try has counted.

@@ -16,7 +16,7 @@ from functools import partial
 
 import asyncpg
 
-from kamiyo import handlers, inbox, projections, signature, telemetry
+from kamiyo import handlers, inbox, projections, signature, telemetry, tracing
 from kamiyo.database import DATABASE_ERRORS, Connection, Pool
 from kamiyo.errors import DatabaseUnavailable, Overloaded, SecretMissing, Unavailable
 from kamiyo.event import Event, parse
@@ -24,7 +24,7 @@ from kamiyo.handlers import Registry
 from kamiyo.inbox import Arrival, Outcome, Status, Stored
 from kamiyo.projections import Place, Row
 from kamiyo.settings import Settings
-from kamiyo.telemetry import happened
+from kamiyo.telemetry import happened, happened_to_each
 
 #: Events in one commit, at most: enough to spread its cost thin, few enough to keep a commit short.
 MOST_PER_COMMIT = 500
@@ -76,9 +76,11 @@ class Receiver:
         pool: Pool,
         settings: Settings,
         registry: Registry = handlers.registry,
+        traces: tracing.Traces | None = None,
         wake: Callable[[], None] | None = None,
     ) -> None:
         self._pool = pool
+        self._traces = traces
         # Wakes the worker of this process, if it has one; it calls the others when it needs them.
         self._wake_worker = wake
         self._registry = registry
@@ -101,13 +103,16 @@ class Receiver:
         if not self._secrets:
             raise SecretMissing
 
-    async def receive(self, body: bytes, header: bytes | str | None) -> Receipt:
+    async def receive(self, body: bytes, header: bytes | str | None, caller: bytes | None = None) -> Receipt:
         """Verify `body`, store the event, and return once it is committed.
 
-        Raises SignatureError, PayloadError, or Unavailable; after any of them nothing is promised, and after the
-        first two nothing was written.
+        `caller` is the request's `traceparent` header, if it has one. Raises SignatureError, PayloadError, or
+        Unavailable; after any of them nothing is promised, and after the first two nothing was written.
         """
-        event = self._admit(body, header)
+        began = time.time()
+        event = self._admit(body, header, began)
+        if self._traces is not None:
+            return Receipt(event.id, event.type, await self._store_traced(self._traces, event, began, caller))
         return Receipt(event.id, event.type, await self.store(event))
 
     def submit(
@@ -115,10 +120,36 @@ class Receiver:
     ) -> None:
         """The same without waiting: `answered` is called once, with the event, when it is committed or cannot be.
 
-        Raises what `receive` raises, except for what is known only later; then `answered` is never called.
+        Raises what `receive` raises, except for what is known only later; then `answered` is never called. Leaves no
+        trace: where `traced`, receive.
         """
-        event = self._admit(body, header)
+        event = self._admit(body, header, time.time())
         self._join(event, partial(answered, event))
+
+    @property
+    def traced(self) -> bool:
+        """Whether deliveries leave traces."""
+        return self._traces is not None
+
+    async def _store_traced(self, traces: tracing.Traces, event: Event, began: float, caller: bytes | None) -> Message:
+        message: Message | None = None
+        error = "cancelled"
+        try:
+            message = await self.store(event)
+            return message
+        except Unavailable as refusal:
+            error = type(refusal).__name__
+            raise
+        finally:
+            traces.received(
+                event.id,
+                event.type,
+                began=int(began * 1e9),
+                said=message.value if message else error,
+                copy=message not in (None, Message.received),
+                error=message is None,
+                caller=caller.decode("latin-1") if caller else None,
+            )
 
     async def store(self, event: Event) -> Message:
         """Join the next group commit. Raises Overloaded, or DatabaseUnavailable when the commit cannot be had."""
@@ -136,8 +167,7 @@ class Receiver:
         self._join(event, answered)
         return await told
 
-    def _admit(self, body: bytes, header: bytes | str | None) -> Event:
-        now = time.time()
+    def _admit(self, body: bytes, header: bytes | str | None, now: float) -> Event:
         signature.verify(body, header, self._secrets, now, self._tolerance)
         return parse(body, received=now)
 
@@ -171,6 +201,8 @@ class Receiver:
         while not (self._closing and not self._waiting):
             try:
                 async with self._pool.acquire(timeout=self._commit_timeout) as db:
+                    if self._wake_worker is not None:
+                        await inbox.wake_own(db)
                     await self._commit_groups(db)
             except DATABASE_ERRORS as error:
                 happened("database_away", error=type(error).__name__)
@@ -230,7 +262,29 @@ class Receiver:
         if stored.left and self._wake_worker is not None:
             self._wake_worker()
         # Not at once: PostgreSQL has nothing to do until it has the next group, so that goes first.
-        asyncio.get_running_loop().call_soon(_tell, group, first, stored, took)
+        asyncio.get_running_loop().call_soon(self._tell, group, first, stored, took)
+
+    def _tell(self, group: Sequence[_Waiting], first: dict[str, _Waiting], stored: Stored, took: float) -> None:
+        known = stored.known
+        ended = tracing.now()
+        for waiting in group:
+            event_id = waiting.event.id
+            if event_id in known:
+                waiting.tell(_MESSAGES[known[event_id]])
+            else:
+                waiting.tell(Message.received if waiting is first[event_id] else Message.already_received)
+        _count(group, first, stored, took)
+        if self._traces is not None:
+            for event_id, waiting in first.items():
+                if event_id not in known:
+                    self._traces.committed(
+                        event_id,
+                        waiting.event.type,
+                        began=ended - int(took * 1e9),
+                        ended=ended,
+                        group=len(group),
+                        processed=event_id not in stored.left,
+                    )
 
     async def _put(self, db: Connection, group: Sequence[_Waiting]) -> Stored:
         async with asyncio.timeout(self._commit_timeout):
@@ -246,7 +300,7 @@ class Receiver:
         try:
             # Of an event projected on arrival, its share of the last commit is the best that can be known in this one.
             cost = int(self._cost * 1e6)
-            return await inbox.put_projected(db, arrivals, rows, microseconds=cost, wake=self._wake_worker is None)
+            return await inbox.put_projected(db, arrivals, rows, microseconds=cost)
         except asyncpg.DataError:
             # A value that PostgreSQL's types do not take. Stored first; the workers find out whose it is.
             known = await inbox.put(db, [waiting.event for waiting in group])
@@ -254,25 +308,12 @@ class Receiver:
 
     def _refuse(self, group: Sequence[_Waiting], error: BaseException) -> None:
         if group:
-            happened(
-                "delivery_unavailable",
-                count=len(group),
-                event_ids=[waiting.event.id for waiting in group],
-                error=type(error).__name__,
+            reason = type(error).__name__
+            happened_to_each(
+                "delivery_unavailable", ({"event_id": waiting.event.id, "error": reason} for waiting in group)
             )
         for waiting in group:
             waiting.tell(DatabaseUnavailable())
-
-
-def _tell(group: Sequence[_Waiting], first: dict[str, _Waiting], stored: Stored, took: float) -> None:
-    known = stored.known
-    for waiting in group:
-        event_id = waiting.event.id
-        if event_id in known:
-            waiting.tell(_MESSAGES[known[event_id]])
-        else:
-            waiting.tell(Message.received if waiting is first[event_id] else Message.already_received)
-    _count(first, stored, len(group), took)
 
 
 _MESSAGES: dict[Status, Message] = {
@@ -333,9 +374,9 @@ def ready_to_project(events: Iterable[Event], registry: Registry) -> tuple[list[
     return _together(_prepared(event, registry) for event in events)
 
 
-def _count(first: dict[str, _Waiting], stored: Stored, deliveries: int, took: float) -> None:
+def _count(group: Sequence[_Waiting], first: dict[str, _Waiting], stored: Stored, took: float) -> None:
     telemetry.COMMIT.observe(took)
-    telemetry.BATCH.observe(deliveries)
+    telemetry.BATCH.observe(len(group))
     received: Counter[str] = Counter()
     processed: Counter[str] = Counter()
     for event_id, waiting in first.items():
@@ -350,16 +391,20 @@ def _count(first: dict[str, _Waiting], stored: Stored, deliveries: int, took: fl
         telemetry.EVENTS.labels(label, "processed").inc(count)
         duration = telemetry.DURATION.labels(label)
         for _ in range(count):
-            duration.observe(took / deliveries)
-    new = [event_id for event_id in first if event_id not in stored.known]
-    if new:
-        happened("event_received", count=len(new), event_ids=new)
+            duration.observe(took / len(group))
+    new = [waiting.event for event_id, waiting in first.items() if event_id not in stored.known]
+    happened_to_each("event_received", (_said_of(event) for event in new))
     if len(new) > len(stored.left):
-        done = [event_id for event_id in new if event_id not in stored.left]
-        happened("event_processed", count=len(done), event_ids=done)
-    if deliveries > len(new):
-        telemetry.DUPLICATES.inc(deliveries - len(new))
-        happened("duplicate_received", count=deliveries - len(new), event_ids=list(stored.known))
+        done = (event for event in new if event.id not in stored.left)
+        happened_to_each("event_processed", (_said_of(event) for event in done))
+    if len(group) > len(new):
+        telemetry.DUPLICATES.inc(len(group) - len(new))
+        copies = (w.event for w in group if w is not first[w.event.id] or w.event.id in stored.known)
+        happened_to_each("duplicate_received", (_said_of(event) for event in copies))
+
+
+def _said_of(event: Event) -> dict[str, str]:
+    return {"event_id": event.id, "event_type": event.type}
 
 
 __all__ = ["Message", "Receipt", "Receiver", "Unavailable"]

@@ -15,8 +15,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from kamiyo.database import Connection
-from kamiyo.web import create_app
-from kamiyo.web import wire as wire_module
+from kamiyo.web import create_app, webhooks
 from kamiyo.web.app import STRIPE_PATH, KamiyoApi, create_router
 from kamiyo.web.webhooks import Receive, Scope, Send, StripeEndpoint
 from kamiyo.web.wire import WireProtocol
@@ -193,7 +192,7 @@ async def test_a_body_that_trickles_is_answered_408_and_one_that_breaks_off_is_n
     await door.say(whole[:-5], hang_up=True)
     await until(lambda: _is(any(line["event"] == "client_left" for line in log())))
 
-    monkeypatch.setattr(wire_module, "BODY_SECONDS", 0.05)
+    monkeypatch.setattr(webhooks, "BODY_SECONDS", 0.05)
     said = await door.say(whole[:-5])
     assert said.startswith(b"HTTP/1.1 408 ") and b"connection: close" in said
     assert await statuses(db) == {}

@@ -128,7 +128,7 @@ BEGIN
             context text, api_version text, object_type text, object_id text, customer text, snapshot_event text,
             lane integer,
             -- What processing it comes to if its billing row is all it needs; null leaves it to the workers.
-            outcome text
+            outcome text, processing_us bigint
         );
     END IF;
 END $$;
@@ -265,6 +265,10 @@ BEGIN
     SELECT date_trunc('minute', created_at), event_type, count(*), count(*) FILTER (WHERE status = 'processed'),
            count(*) FILTER (WHERE status = 'failed'), sum(processing_us)
     FROM came GROUP BY 1, 2;
+    -- Whoever stores an event wakes the workers; equal notices of one transaction arrive as one.
+    IF EXISTS (SELECT FROM came WHERE next_try_at IS NOT NULL) THEN
+        PERFORM pg_notify('webhook_events', '');
+    END IF;
     RETURN NULL;
 END $$;
 

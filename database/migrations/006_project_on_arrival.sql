@@ -32,12 +32,7 @@ CREATE OR REPLACE FUNCTION webhook_receive(
     subscriptions billing.subscriptions_row[],
     invoices billing.invoices_row[],
     payment_methods billing.payment_methods_row[],
-    source text,
-    -- Whether to wake the workers of every process, where something is left to them. Who calls has a worker of its own
-    -- otherwise, and wakes that: a notice is a lock that all who send one take in turn, and costs each listener a wake-up.
-    wake boolean,
-    -- What processing an event on arrival takes, as far as the caller knows.
-    processing_us bigint
+    source text
 ) RETURNS TABLE (known_event_id text, known_status text, is_new boolean)
 LANGUAGE plpgsql
 -- Someone who holds a billing row for long (a person in psql) must not hold up the acknowledgements: the rows are
@@ -243,7 +238,7 @@ BEGIN
            CASE WHEN i.done THEN 'processed' ELSE 'pending' END,
            CASE WHEN i.done THEN i.outcome END,
            i.done::int,
-           CASE WHEN i.done THEN webhook_receive.processing_us ELSE 0 END,
+           CASE WHEN i.done THEN i.processing_us ELSE 0 END,
            CASE WHEN NOT i.done THEN now() END,
            CASE WHEN i.done THEN clock_timestamp() END
     FROM (SELECT a.*, projecting AND a.outcome IS NOT NULL AND a.event_id <> ALL (left_over) AS done
@@ -271,11 +266,6 @@ BEGIN
                false
         FROM unnest(arrivals) WITH ORDINALITY AS i
         WHERE (SELECT e.seq FROM webhook_events AS e WHERE e.event_id = i.event_id) IS DISTINCT FROM numbers[i.ordinality];
-    END IF;
-
-    IF wake AND (NOT projecting OR cardinality(left_over) > 0
-                 OR EXISTS (SELECT FROM unnest(arrivals) AS a WHERE a.outcome IS NULL)) THEN
-        PERFORM pg_notify('webhook_events', '');
     END IF;
 
     -- Of those whose row was all they needed, the ones that are left to the workers all the same.

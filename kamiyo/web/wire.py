@@ -5,24 +5,27 @@ storing the event together. A delivery needs none of it: when its last byte is t
 that is through its answer is written.
 
 Only the plain case is taken, which is every delivery of Stripe's: POST to the one path, HTTP/1.1, one Content-Length of
-moderate size, nothing else under way on the connection. Whatever differs goes through ASGI to `StripeEndpoint`, which
-gives the same answers. httptools parses both; how a request ends is never decided here.
+moderate size, nothing else under way on the connection, no traces wanted. Whatever differs goes through ASGI to
+`StripeEndpoint`, which gives the same answers. httptools parses both; how a request ends is never decided here. See
+docs/decisions/0026.
 """
 
 import asyncio
 from typing import Any
 
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 from uvicorn.server import ServerState
 
-from kamiyo.errors import BodyTooSlow, ReceiveError, SecretMissing, SignatureError
+from kamiyo.errors import BodyTooSlow, ReceiveError, SecretMissing, SignatureError, TooMuchArriving
 from kamiyo.event import Event
 from kamiyo.receive import Message
 from kamiyo.telemetry import happened
+from kamiyo.web import webhooks
 from kamiyo.web.app import STRIPE_PATH, KamiyoApi
+from kamiyo.web.bounds import BoundedProtocol
 from kamiyo.web.system import System
-from kamiyo.web.webhooks import BODY_SECONDS, StripeEndpoint, acknowledgement, count_refusal, rendered
+from kamiyo.web.webhooks import CLOSE, Answer, StripeEndpoint, acknowledgement, count_refusal, refusal
 
 _PATH = STRIPE_PATH.encode()
 
@@ -39,44 +42,61 @@ class _Delivery:
     """What uvicorn calls a cycle, from the last header to the answer. Its public attributes are those uvicorn uses."""
 
     __slots__ = (
+        "_arriving",
+        "_endpoint",
         "_parts",
         "_protocol",
         "_signature",
         "_system",
+        "_timer",
         "disconnected",
         "keep_alive",
+        "more_body",
         "response_complete",
-        "timer",
     )
 
     message_event = _Nobody()
 
-    def __init__(self, protocol: "WireProtocol", system: System, signature: bytes | None, *, keep_alive: bool) -> None:
-        self._protocol, self._system, self._signature = protocol, system, signature
-        self._parts: list[bytes] | None = []
+    def __init__(
+        self,
+        protocol: "WireProtocol",
+        endpoint: StripeEndpoint,
+        system: System,
+        signature: bytes | None,
+        *,
+        keep_alive: bool,
+    ) -> None:
+        self._protocol, self._endpoint, self._system, self._signature = protocol, endpoint, system, signature
+        self._parts: list[bytes] = []
+        self._arriving = 0
+        self._timer: asyncio.TimerHandle | None = None
         self.keep_alive = keep_alive
         self.disconnected = False
+        self.more_body = True
         self.response_complete = False
-        self.timer: asyncio.TimerHandle | None = None
-
-    @property
-    def reading(self) -> bool:
-        """Whether its body is not complete yet."""
-        return self._parts is not None and not self.response_complete
 
     def read(self, part: bytes) -> None:
         """Take a part of the body."""
-        if self._parts is not None:
-            self._parts.append(part)
+        self._parts.append(part)
+
+    def wait(self) -> None:
+        """Not all of the body came at once: from now on it is timed and counted."""
+        loop = self._protocol.loop
+        if self._timer is None:
+            self._timer = loop.call_later(webhooks.BODY_SECONDS, self._refuse, BodyTooSlow())
+        came = sum(map(len, self._parts)) - self._arriving
+        self._arriving += came
+        self._endpoint.bytes_arriving += came
+        if self._endpoint.bytes_arriving > webhooks.MOST_BYTES_ARRIVING:
+            self._refuse(TooMuchArriving())
 
     def complete(self) -> None:
         """The body is complete: hand it over."""
-        parts, self._parts = self._parts, None
-        if self.response_complete or parts is None:
+        if self.response_complete:
             return
-        if self.timer is not None:
-            self.timer.cancel()
-        body = parts[0] if len(parts) == 1 else b"".join(parts)
+        self._read_no_more()
+        body = b"".join(self._parts)
+        self._parts.clear()
         signatures = self._system.alerts.signatures
         try:
             self._system.receiver.submit(body, self._signature, self._answered)
@@ -88,25 +108,33 @@ class _Delivery:
         else:
             signatures.accepted(body)
 
-    def too_slow(self) -> None:
-        """Its time is over and its body is not complete."""
-        if self.reading:
-            self._refuse(BodyTooSlow())
+    def leave(self) -> None:
+        """The client is gone."""
+        if self.more_body and not self.response_complete:
+            happened("client_left")
+            self._read_no_more()
+            self.response_complete = True
+
+    def _read_no_more(self) -> None:
+        self.more_body = False
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+            self._endpoint.bytes_arriving -= self._arriving
 
     def _answered(self, event: Event, answer: Message | ReceiveError) -> None:
         if isinstance(answer, ReceiveError):
             self._refuse(answer)
         else:
-            headers, body = rendered(200, acknowledgement(event.id, event.type, answer))
-            self._protocol.answer(self, 200, headers, body)
+            self._protocol.answer(self, acknowledgement(event.id, event.type, answer))
 
     def _refuse(self, error: ReceiveError) -> None:
+        self._read_no_more()
         count_refusal(error)
-        headers, body = rendered(error.status, {"detail": error.detail}, error.retry_after)
-        self._protocol.answer(self, error.status, headers, body)
+        self._protocol.answer(self, refusal(error))
 
 
-class WireProtocol(HttpToolsProtocol):
+class WireProtocol(BoundedProtocol):
     """uvicorn's protocol for one connection, with the short way for deliveries."""
 
     cycle: Any
@@ -124,20 +152,16 @@ class WireProtocol(HttpToolsProtocol):
         self._endpoint = _endpoint_of(self.app) if plain else None
 
     def data_received(self, data: bytes) -> None:
-        """Parse what came in; time a body of which not all came at once."""
+        """Parse what came in."""
         super().data_received(data)
         cycle = self.cycle
-        if type(cycle) is _Delivery and cycle.reading and cycle.timer is None:
-            cycle.timer = self.loop.call_later(BODY_SECONDS, cycle.too_slow)
+        if type(cycle) is _Delivery and cycle.more_body and not cycle.response_complete:
+            cycle.wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Note a client that left in the middle of its body."""
-        cycle = self.cycle
-        if type(cycle) is _Delivery and cycle.reading:
-            happened("client_left")
-            cycle.response_complete = True
-            if cycle.timer is not None:
-                cycle.timer.cancel()
+        if type(self.cycle) is _Delivery:
+            self.cycle.leave()
         super().connection_lost(exc)
 
     def on_message_begin(self) -> None:
@@ -151,7 +175,7 @@ class WireProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Decide which way the request goes."""
-        delivery = self._delivery() if self.url == _PATH and self._endpoint is not None else None
+        delivery = self._delivery(self._endpoint) if self._endpoint is not None and self.url == _PATH else None
         if delivery is not None:
             self.cycle = delivery
             return
@@ -162,7 +186,7 @@ class WireProtocol(HttpToolsProtocol):
             super().on_header(name, value)
         super().on_headers_complete()
 
-    def _delivery(self) -> _Delivery | None:
+    def _delivery(self, endpoint: StripeEndpoint) -> _Delivery | None:
         parser = self.parser
         if (
             parser.get_method() != b"POST"
@@ -180,8 +204,8 @@ class WireProtocol(HttpToolsProtocol):
                 length = value
             elif name in (b"transfer-encoding", b"expect"):
                 return None
-        system = self._endpoint.system if self._endpoint is not None else None
-        if system is None or not length.isdigit() or len(length) > len(str(_LONGEST_BODY)):
+        system = endpoint.system
+        if system is None or system.receiver.traced or not length.isdigit() or len(length) > len(str(_LONGEST_BODY)):
             return None
         if int(length) > min(_LONGEST_BODY, system.settings.max_body_bytes):
             return None
@@ -189,7 +213,7 @@ class WireProtocol(HttpToolsProtocol):
             system.receiver.ready()
         except SecretMissing:
             return None
-        return _Delivery(self, system, signature, keep_alive=parser.should_keep_alive())
+        return _Delivery(self, endpoint, system, signature, keep_alive=parser.should_keep_alive())
 
     def on_body(self, body: bytes) -> None:
         """Take a part of the body."""
@@ -210,33 +234,29 @@ class WireProtocol(HttpToolsProtocol):
         except Exception as error:
             # As uvicorn does where an application raises: the server's error, not the client's.
             self.logger.error("Exception while receiving a delivery\n", exc_info=error)
-            self.answer(
-                cycle,
-                500,
-                [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", b"21"), _CLOSE],
-                b"Internal Server Error",
-            )
+            self.answer(cycle, Answer(500, [_PLAIN, (b"content-length", b"21"), CLOSE], b"Internal Server Error"))
 
-    def answer(self, delivery: _Delivery, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+    def answer(self, delivery: _Delivery, answer: Answer) -> None:
         """Write a delivery's answer, and let the connection go on."""
         delivery.response_complete = True
-        if _CLOSE in headers:
+        headers = answer.headers
+        if CLOSE in headers:
             delivery.keep_alive = False
         elif not delivery.keep_alive:
-            headers.append(_CLOSE)
+            headers.append(CLOSE)
         if self.transport.is_closing():
             return
-        parts = [STATUS_LINE[status]]
+        parts = [STATUS_LINE[answer.status]]
         for name, value in (*self.server_state.default_headers, *headers):
             parts += (name, b": ", value, b"\r\n")
-        parts += (b"\r\n", body)
+        parts += (b"\r\n", answer.body)
         self.transport.write(b"".join(parts))
         if not delivery.keep_alive:
             self.transport.close()
         self.on_response_complete()
 
 
-_CLOSE = (b"connection", b"close")
+_PLAIN = (b"content-type", b"text/plain; charset=utf-8")
 
 
 def _endpoint_of(app: Any) -> StripeEndpoint | None:
