@@ -41,13 +41,15 @@ BEGIN
     PERFORM pg_advisory_unlock_all();
 
     WITH due AS MATERIALIZED (
-        SELECT e.event_id, e.lane FROM webhook_events AS e
+        SELECT e.event_id, e.created_at, e.lane FROM webhook_events AS e
         WHERE e.next_try_at <= now() ORDER BY e.next_try_at, e.seq LIMIT most
     ), mine AS MATERIALIZED (
         SELECT l.lane FROM (SELECT DISTINCT d.lane FROM due AS d) AS l WHERE pg_try_advisory_lock(1800432, l.lane)
     )
-    SELECT count(*), array_agg(d.event_id) FILTER (WHERE d.lane IN (SELECT m.lane FROM mine AS m))
-    INTO seen, held FROM due AS d;
+    SELECT count(*), array_agg(d.event_id) FILTER (WHERE held_by_us), min(d.created_at) FILTER (WHERE held_by_us),
+           max(d.created_at) FILTER (WHERE held_by_us)
+    INTO seen, held, oldest, newest
+    FROM (SELECT due.*, lane IN (SELECT m.lane FROM mine AS m) AS held_by_us FROM due) AS d;
 
     -- The head of the line is another worker's: look behind it. Not in the first place, because reading the table of locks
     -- holds up everyone who takes one.
@@ -57,52 +59,55 @@ BEGIN
             WHERE locktype = 'advisory' AND classid = 1800432 AND objsubid = 2 AND pid <> pg_backend_pid()
               AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
         ), due AS MATERIALIZED (
-            SELECT e.event_id, e.lane FROM webhook_events AS e
+            SELECT e.event_id, e.created_at, e.lane FROM webhook_events AS e
             WHERE e.next_try_at <= now() AND e.lane NOT IN (SELECT t.lane FROM theirs AS t)
             ORDER BY e.next_try_at, e.seq LIMIT most
         ), mine AS MATERIALIZED (
             SELECT l.lane FROM (SELECT DISTINCT d.lane FROM due AS d) AS l WHERE pg_try_advisory_lock(1800432, l.lane)
         )
-        SELECT array_agg(d.event_id) FILTER (WHERE d.lane IN (SELECT m.lane FROM mine AS m)) INTO held FROM due AS d;
+        SELECT array_agg(d.event_id) FILTER (WHERE held_by_us), min(d.created_at) FILTER (WHERE held_by_us),
+               max(d.created_at) FILTER (WHERE held_by_us)
+        INTO held, oldest, newest
+        FROM (SELECT due.*, lane IN (SELECT m.lane FROM mine AS m) AS held_by_us FROM due) AS d;
     END IF;
 
     IF held IS NOT NULL THEN
-        -- Which days' bodies are needed is known before they are looked for, so that no other day's table is touched.
-        SELECT min(e.created_at), max(e.created_at) INTO oldest, newest
-        FROM webhook_events AS e WHERE e.event_id = ANY (held) AND e.next_try_at <= now();
-    END IF;
-    IF oldest IS NULL THEN
+        number := nextval('webhook_claims');
         RETURN QUERY
-        SELECT 0::bigint, extract(epoch FROM min(e.next_try_at) - now())::float8, NULL::bigint, NULL::timestamptz,
-               NULL, NULL, NULL::bigint, NULL::boolean, NULL::boolean, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
-               NULL::integer, NULL::smallint, NULL::boolean, NULL::boolean, NULL::boolean, NULL::boolean, NULL::bytea
-        FROM webhook_events AS e WHERE e.next_try_at IS NOT NULL;
-        RETURN;
+        WITH found AS (
+            SELECT e.event_id, e.status = 'processing' AS abandoned, e.started_at IS NOT NULL AS was_running,
+                   cardinality(held) = 1 AND NOT (e.status = 'processing' AND e.started_at IS NOT NULL)
+                       AND (e.suspect OR e.status = 'processing' OR e.event_type = ANY (handled)) AS starts
+            FROM webhook_events AS e
+            -- Worded so that the index of what is due is no way to it: a plan from a quiet moment would look through all of
+            -- a backlog for each claim.
+            WHERE e.event_id = ANY (held) AND (e.next_try_at <= now()) IS TRUE
+        ), claimed AS (
+            UPDATE webhook_events AS e
+            SET status = 'processing', claim = number, failed_at = NULL, suspect = e.suspect OR f.abandoned,
+                attempts = e.attempts + f.starts::int,
+                started_at = CASE WHEN f.starts THEN clock_timestamp() ELSE e.started_at END
+            FROM found AS f WHERE e.event_id = f.event_id
+            RETURNING e.*, f.abandoned, f.was_running, f.starts
+        )
+        SELECT number, NULL::float8, c.seq, c.created_at, c.event_id, c.event_type,
+               extract(epoch FROM c.stripe_created)::bigint, c.livemode, c.thin, c.account, c.context, c.api_version,
+               c.object_type, c.object_id, c.customer, c.snapshot_event, c.lane, (c.attempts - c.starts::int)::smallint,
+               c.suspect, c.abandoned, c.abandoned AND c.was_running, c.starts,
+               -- Which days' bodies are needed is known, so that no other day's table is touched.
+               (SELECT p.body FROM webhook_payloads AS p
+                WHERE p.created_at BETWEEN oldest AND newest AND p.seq = c.seq AND p.created_at = c.created_at)
+        FROM claimed AS c
+        ORDER BY c.stripe_created, c.seq;
+        IF FOUND THEN
+            RETURN;
+        END IF;
     END IF;
-
-    number := nextval('webhook_claims');
     RETURN QUERY
-    WITH found AS (
-        SELECT e.event_id, e.status = 'processing' AS abandoned, e.started_at IS NOT NULL AS was_running,
-               cardinality(held) = 1 AND NOT (e.status = 'processing' AND e.started_at IS NOT NULL)
-                   AND (e.suspect OR e.status = 'processing' OR e.event_type = ANY (handled)) AS starts
-        FROM webhook_events AS e WHERE e.event_id = ANY (held) AND e.next_try_at <= now()
-    ), claimed AS (
-        UPDATE webhook_events AS e
-        SET status = 'processing', claim = number, failed_at = NULL, suspect = e.suspect OR f.abandoned,
-            attempts = e.attempts + f.starts::int,
-            started_at = CASE WHEN f.starts THEN clock_timestamp() ELSE e.started_at END
-        FROM found AS f WHERE e.event_id = f.event_id
-        RETURNING e.*, f.abandoned, f.was_running, f.starts
-    )
-    SELECT number, NULL::float8, c.seq, c.created_at, c.event_id, c.event_type,
-           extract(epoch FROM c.stripe_created)::bigint, c.livemode, c.thin, c.account, c.context, c.api_version,
-           c.object_type, c.object_id, c.customer, c.snapshot_event, c.lane, (c.attempts - c.starts::int)::smallint,
-           c.suspect, c.abandoned, c.abandoned AND c.was_running, c.starts,
-           (SELECT p.body FROM webhook_payloads AS p
-            WHERE p.created_at BETWEEN oldest AND newest AND p.seq = c.seq AND p.created_at = c.created_at)
-    FROM claimed AS c
-    ORDER BY c.stripe_created, c.seq;
+    SELECT 0::bigint, extract(epoch FROM min(e.next_try_at) - now())::float8, NULL::bigint, NULL::timestamptz,
+           NULL, NULL, NULL::bigint, NULL::boolean, NULL::boolean, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
+           NULL::integer, NULL::smallint, NULL::boolean, NULL::boolean, NULL::boolean, NULL::boolean, NULL::bytea
+    FROM webhook_events AS e WHERE e.next_try_at IS NOT NULL;
 END $$;
 
 CREATE OR REPLACE FUNCTION webhook_count_inserted() RETURNS trigger LANGUAGE plpgsql AS $$
