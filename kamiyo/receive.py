@@ -175,23 +175,22 @@ class Receiver:
         size = len(event.body)
         if self._closing or len(self._waiting) >= self._most_waiting or self._bytes_waiting + size > MOST_BYTES_WAITING:
             raise Overloaded
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._commit_timeout
+        deadline = time.monotonic() + self._commit_timeout
         self._waiting.append(_Waiting(event, _prepared(event, self._registry), answered, deadline))
         self._bytes_waiting += size
         self._wake.set()
         if self._overdue is None:
-            self._overdue = loop.call_at(deadline, self._give_up)
+            self._overdue = asyncio.get_running_loop().call_later(self._commit_timeout, self._give_up)
 
     def _give_up(self) -> None:
         """Tell those whose time is over. One timer for all, set for the first: they wait in order."""
-        loop = asyncio.get_running_loop()
         self._overdue = None
         for waiting in (*self._committing, *self._waiting):
             if waiting.answered is None:
                 continue
-            if waiting.deadline > loop.time():
-                self._overdue = loop.call_at(waiting.deadline, self._give_up)
+            left = waiting.deadline - time.monotonic()
+            if left > 0:
+                self._overdue = asyncio.get_running_loop().call_later(left, self._give_up)
                 break
             # It may still be committed. Then the sender's next copy is a duplicate, which does no harm.
             waiting.tell(DatabaseUnavailable())
