@@ -55,10 +55,6 @@ class TransactionEnded(KamiyoError):
     """A handler said COMMIT or ROLLBACK on the connection it was lent: nothing can be settled with its effects."""
 
 
-class _HandlerFailed(KamiyoError):
-    """The handler of an event that has a transaction to itself: all of it is undone, and the failure recorded."""
-
-
 @dataclass(slots=True)
 class _Trial:
     """One event on its way through a chunk."""
@@ -334,7 +330,7 @@ class Worker:
             for trial in trials:
                 if trial.trace and trial.row is not None:
                     trial.trace.projected()
-        alone, savepoint = len(trials) == 1, False
+        savepoint = False
         for at, trial in enumerate(trials):
             trial.seconds = share
             # Their billing rows are written, which is true anyway; their handlers are for another turn.
@@ -343,14 +339,10 @@ class Worker:
                 continue
             wanted = self.registry.of(trial.event.type)
             if wanted and trial.error is None:
-                if not alone:
-                    # One round trip keeps the last handler's effects and opens the way back for this one.
-                    await db.execute(_NEXT_SAVEPOINT if savepoint else _FIRST_SAVEPOINT)
-                    savepoint = True
-                await self._handle(db, trial, wanted, savepoint=savepoint)
-                if alone and trial.error is not None:
-                    # The whole transaction is the way back for an event that has it to itself.
-                    raise _HandlerFailed
+                # One round trip keeps the last handler's effects and opens the way back for this one.
+                await db.execute(_NEXT_SAVEPOINT if savepoint else _FIRST_SAVEPOINT)
+                savepoint = True
+                await self._handle(db, trial, wanted)
         untried = [trial.event.id for trial in trials if trial.untried]
         if untried:
             await inbox.release(db, number, untried)
@@ -368,9 +360,7 @@ class Worker:
             if trial.error is not None:
                 await self._record(db, number, trial)
 
-    async def _handle(
-        self, db: Connection, trial: _Trial, wanted: Sequence[handlers.Handler], *, savepoint: bool
-    ) -> None:
+    async def _handle(self, db: Connection, trial: _Trial, wanted: Sequence[handlers.Handler]) -> None:
         began = time.perf_counter()
         event = replace(trial.event, superseded=trial.superseded, attempt=trial.attempt)
         try:
@@ -385,8 +375,7 @@ class Worker:
             # Raised by the handler, it is an error like any other; sent to this task, it means to stop.
             if isinstance(error, asyncio.CancelledError) and _is_being_cancelled():
                 raise
-            if savepoint:
-                await db.execute(_BACK_TO_SAVEPOINT)
+            await db.execute(_BACK_TO_SAVEPOINT)
             trial.error = error
         if not db.is_in_transaction():
             raise TransactionEnded("a handler ended the transaction that its event is settled in")

@@ -202,6 +202,42 @@ async def _is(value: bool) -> bool:
     return value
 
 
+async def test_half_bodies_are_held_up_to_a_bound_which_those_of_both_ways_share(
+    door: Door, db: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webhooks, "MOST_BYTES_ARRIVING", 30_000)
+    endpoint = door.app.stripe if isinstance(door.app, KamiyoApi) else None
+    assert endpoint is not None
+    half = request(event_json(obj={"id": "ch_1", "object": "charge", "description": "x" * 15_000}), last=False)[:-20]
+    waiting = [asyncio.create_task(door.say(half)) for _ in range(3)]
+    done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    said = done.pop().result()
+    assert said.startswith(b"HTTP/1.1 503 ") and b"connection: close" in said
+    # A whole one does not wait behind them.
+    assert (await door.say(request())).startswith(_END)
+    for one in waiting:
+        one.cancel()
+    await until(lambda: _is(endpoint.bytes_arriving == 0))
+    assert not door.through_asgi
+
+
+async def test_where_traces_are_on_every_delivery_takes_the_way_that_is_traced(
+    door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system = door.app.stripe.system if isinstance(door.app, KamiyoApi) else None
+    assert system is not None
+    monkeypatch.setattr(system.receiver, "_traces", _Traces())
+    assert (await door.say(request())).startswith(_END)
+    assert door.through_asgi == [STRIPE_PATH]
+
+
+class _Traces:
+    def received(self, *_: object, **__: object) -> None:
+        """Keep nothing."""
+
+    committed = received
+
+
 async def test_a_delivery_whose_commit_does_not_come_is_answered_503_and_one_that_comes_late_is_stored(
     database_url: str, settings: MakeSettings, db: Connection
 ) -> None:
