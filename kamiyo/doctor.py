@@ -21,6 +21,7 @@ from datetime import UTC
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
 from importlib import import_module
+from itertools import count
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -32,9 +33,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from kamiyo import database, handlers, inbox
 from kamiyo.database import DATABASE_ERRORS, Connection, Pool, load_queries
 from kamiyo.errors import SettingsError
-from kamiyo.settings import LogFormat, Settings
+from kamiyo.settings import WEBHOOK, LogFormat, Settings
 from kamiyo.signature import sign
-from kamiyo.stripe_api import PAGE, StripeApi, StripeError, StripeRefused
+from kamiyo.stripe_api import PAGE, StripeApi, StripeError, StripeGone, StripeRefused
 
 _SQL = load_queries("doctor.sql")
 
@@ -140,22 +141,45 @@ async def _examine(subject: Subject) -> AsyncIterator[Finding]:
 
 def secrets(settings: Settings) -> Iterator[Finding]:
     """The signing secrets, the admin key and Stripe's keys: count, shape, strength and mode."""
-    yield _signing_secrets(settings.webhook_secrets)
+    yield _signing_secrets(settings)
     yield _admin_key(settings)
+    yield from _road_keys(settings)
     yield _stripe_keys(settings)
 
 
-def _signing_secrets(given: Sequence[str]) -> Finding:
+def _named_secrets(settings: Settings) -> list[tuple[str, str]]:
+    """Each signing secret with what to call it."""
+    numbers = count(1)
+    return [
+        (f"that of {one.source} in STRIPE_WEBHOOK_SECRETS", one.secret)
+        if one.source != WEBHOOK
+        else (f"number {next(numbers)} of STRIPE_WEBHOOK_SECRET", one.secret)
+        for one in settings.signing_secrets
+    ]
+
+
+def _signing_secrets(settings: Settings) -> Finding:
     check, copy = "signing secret", "Copy the endpoint's signing secret (whsec_…) from the Stripe dashboard into "
+    given = settings.webhook_secrets
+    if not given and settings.any_door_open:
+        return passed(check, "STRIPE_WEBHOOK_SECRET is not set: events come by Amazon EventBridge or Azure Event Grid")
     if not given:
         return failed(
             check,
             "STRIPE_WEBHOOK_SECRET is not set, so every delivery is answered 503",
             f"{copy}STRIPE_WEBHOOK_SECRET.",
         )
-    seen = f"STRIPE_WEBHOOK_SECRET holds {_count(len(given), 'secret')}"
-    for number, secret in enumerate(given, 1):
-        what = f"{seen}; number {number} "
+    names = " and ".join(
+        name
+        for name, value in (
+            ("STRIPE_WEBHOOK_SECRET", settings.stripe_webhook_secret),
+            ("STRIPE_WEBHOOK_SECRETS", settings.stripe_webhook_secrets),
+        )
+        if value.get_secret_value()
+    )
+    seen = f"{names} {'hold' if ' and ' in names else 'holds'} {_count(len(given), 'secret')}"
+    for called, secret in _named_secrets(settings):
+        what = f"{seen}; {called} "
         if secret.startswith(("sk_", "rk_", "pk_")):
             return failed(check, f"{what}is an API key", f"{copy}its place.")
         if secret.startswith("we_"):
@@ -172,11 +196,13 @@ def _signing_secrets(given: Sequence[str]) -> Finding:
             )
     if len(set(given)) < len(given):
         return warning(check, f"{seen}, one of them twice", "Take the second copy out of STRIPE_WEBHOOK_SECRET.")
-    if len(given) > 4:
+    plain = [secret for secret in settings.signing_secrets if secret.source == WEBHOOK]
+    if len(plain) > 4:
         return warning(
             check,
             f"{seen}: each of them lets deliveries in",
-            "Take out of STRIPE_WEBHOOK_SECRET those that no endpoint signs with any more, after a rotation say.",
+            "Name those of several endpoints in STRIPE_WEBHOOK_SECRETS, and take out of STRIPE_WEBHOOK_SECRET those "
+            "that no endpoint signs with any more, after a rotation say.",
         )
     return passed(check, f"{seen}, shaped as Stripe's are")
 
@@ -188,7 +214,7 @@ def _admin_key(settings: Settings) -> Finding:
         return failed(check, "ADMIN_API_KEY is not set, so the calls of operators answer 503", mend)
     if _PLACEHOLDER.search(key):
         return failed(check, "ADMIN_API_KEY is a placeholder, which anyone can read in the guide", mend)
-    if key in (*settings.webhook_secrets, settings.stripe_secret_key.get_secret_value()):
+    if key in _secret_values(settings):
         return failed(check, "ADMIN_API_KEY is the same as another secret", mend)
     if len(key) < _SHORTEST_ADMIN_KEY or len(set(key)) < _FEWEST_KINDS_OF_LETTERS:
         return failed(
@@ -199,42 +225,64 @@ def _admin_key(settings: Settings) -> Finding:
     return passed(check, f"ADMIN_API_KEY has {len(key)} characters, {len(set(key))} different ones")
 
 
+def _road_keys(settings: Settings) -> Iterator[Finding]:
+    for variable, keys in (
+        ("KAMIYO_EVENTBRIDGE_KEY", settings.eventbridge_keys),
+        ("KAMIYO_EVENTGRID_KEY", settings.eventgrid_keys),
+    ):
+        check, mend = variable, f"Set {variable}, and the header X-Api-Key there, to: openssl rand -hex 32"
+        if any(len(key) < _SHORTEST_ADMIN_KEY or len(set(key)) < _FEWEST_KINDS_OF_LETTERS for key in keys):
+            yield failed(check, f"{variable} can be guessed: whoever has it can write events", mend)
+        elif settings.admin_api_key.get_secret_value() in keys or set(keys) & set(settings.webhook_secrets):
+            yield failed(check, f"{variable} is the same as another secret", mend)
+        elif keys:
+            yield passed(check, f"{variable} holds {_count(len(keys), 'key')}, long enough")
+
+
+def _secret_values(settings: Settings) -> tuple[str, ...]:
+    """Every secret but the admin key and the channels' addresses."""
+    keys = (key.key for key in settings.api_keys)
+    return (*settings.webhook_secrets, *keys, *settings.eventbridge_keys, *settings.eventgrid_keys)
+
+
 def _stripe_keys(settings: Settings) -> Finding:
-    check = "stripe key"
-    key, public = settings.stripe_secret_key.get_secret_value(), settings.stripe_publishable_key
-    if not key:
+    check, public = "stripe key", settings.stripe_publishable_key
+    if not settings.api_keys:
         return warning(
             check,
             "STRIPE_SECRET_KEY is not set: events that were never delivered stay unknown, and the endpoints that "
             "Stripe knows were not looked at",
             "Set STRIPE_SECRET_KEY to a restricted key (rk_…) that may read events and webhook endpoints.",
         )
-    shape = re.match(r"(sk|rk)_(live|test)_", key)
-    if key.startswith("pk_"):
-        return failed(
-            check, "STRIPE_SECRET_KEY is a publishable key", "Set it to the secret or a restricted key (sk_… or rk_…)."
-        )
-    if not shape or _PLACEHOLDER.search(key):
+    seen = []
+    for key in settings.api_keys:
+        called = f"STRIPE_SECRET_KEYS: the key of {key.account}" if key.account else "STRIPE_SECRET_KEY"
+        shape = re.match(r"(sk|rk)_(live|test)_", key.key)
+        if key.key.startswith("pk_"):
+            return failed(
+                check, f"{called} is a publishable key", "Set it to the secret or a restricted key (sk_… or rk_…)."
+            )
+        if not shape or _PLACEHOLDER.search(key.key):
+            return failed(
+                check,
+                f"{called} does not look like a key of Stripe's",
+                "Copy it anew from the Stripe dashboard: it begins with rk_live_, rk_test_, sk_live_ or sk_test_.",
+            )
+        seen.append(f"{called} is a {'restricted' if shape[1] == 'rk' else 'full'} key of {shape[2]} mode")
+    modes = ["live" if key.livemode else "test" for key in settings.api_keys if not key.account]
+    if public and modes and not any(f"_{mode}_" in public for mode in modes):
         return failed(
             check,
-            "STRIPE_SECRET_KEY does not look like a key of Stripe's",
-            "Copy it anew from the Stripe dashboard: it begins with rk_live_, rk_test_, sk_live_ or sk_test_.",
-        )
-    mode = shape[2]
-    if public and f"_{mode}_" not in public:
-        return failed(
-            check,
-            f"STRIPE_SECRET_KEY is a {mode} key, and STRIPE_PUBLISHABLE_KEY is not",
+            f"STRIPE_SECRET_KEY is a {modes[0]} key, and STRIPE_PUBLISHABLE_KEY is not",
             "Take both from the same mode of the same account.",
         )
-    if mode == "test" and not settings.development:
+    if modes == ["test"] and not settings.development:
         return warning(
             check,
             "STRIPE_SECRET_KEY is a test key: live events are not compared with Stripe's list",
             "In production set the key of live mode; for a trial set KAMIYO_ENV=development.",
         )
-    kind = "restricted" if shape[1] == "rk" else "full"
-    return passed(check, f"STRIPE_SECRET_KEY is a {kind} key of {mode} mode")
+    return passed(check, "; ".join(seen))
 
 
 def env_file(path: Path) -> Iterator[Finding]:
@@ -458,30 +506,50 @@ async def _failures(db: Connection, settings: Settings) -> Finding:
 
 
 async def _compared(db: Connection, settings: Settings) -> Finding:
-    row = await db.fetchrow(_SQL["compared"])
     check = "comparison"
-    if not settings.stripe_secret_key.get_secret_value() or not settings.reconcile:
-        why = "KAMIYO_RECONCILE is off" if settings.stripe_secret_key.get_secret_value() else "there is no key"
+    if not settings.api_keys or not settings.reconcile:
+        why = "KAMIYO_RECONCILE is off" if settings.api_keys else "there is no key"
         return warning(
             check,
             f"events are not compared with Stripe's own list: {why}",
             "Set STRIPE_SECRET_KEY and KAMIYO_RECONCILE=true.",
         )
-    ago: float | None = row["seconds_ago"] if row is not None else None
-    if ago is None or ago > 3600:
-        when = "never" if ago is None else f"{ago / 3600:.0f} hours ago"
+    rows = {(row["account"], row["livemode"]): row for row in await db.fetch(_SQL["compared"])}
+    keyed = [(key.account, key.livemode) for key in settings.api_keys]
+    for account, livemode in keyed:
+        row = rows.get((account, livemode))
+        ago: float | None = row["seconds_ago"] if row is not None else None
+        if ago is None or ago > 3600:
+            when = "never" if ago is None else f"{ago / 3600:.0f} hours ago"
+            return warning(
+                check,
+                f"the last comparison with Stripe's list of events{_of(account, livemode, keyed)}: {when}",
+                "Let a worker run with STRIPE_SECRET_KEY, or run: kamiyo reconcile",
+            )
+    missed = sum(row["missed"] for row in rows.values())
+    if missed:
+        whose = ", ".join(row["account"] or "the own account" for row in rows.values() if row["missed"])
         return warning(
             check,
-            f"the last comparison with Stripe's list of events: {when}",
-            "Let a worker run with STRIPE_SECRET_KEY, or run: kamiyo reconcile",
-        )
-    if row is not None and row["missed"]:
-        return warning(
-            check,
-            f"the last one found {_count(row['missed'], 'event')} that never came; they are in now",
+            f"the last one found {_count(missed, 'event')} that never came, of {whose}; they are in now",
             "Look at the endpoint's failed deliveries in the Stripe dashboard.",
         )
-    return passed(check, f"the last one, {ago / 60:.0f} minutes ago, found nothing missing")
+    refused = [row["account"] for row in rows.values() if row["refused"]]
+    if refused:
+        return warning(
+            check,
+            f"Stripe does not let the platform's key read {', '.join(refused[:5])}{' and others' * (len(refused) > 5)}",
+            "If these are no connected accounts that have left, set a key of their own in STRIPE_SECRET_KEYS.",
+        )
+    latest = max(rows[one]["seconds_ago"] for one in keyed)
+    many = f" of {len(rows)} accounts and modes" if len(rows) > 1 else ""
+    return passed(check, f"the last one{many}, {latest / 60:.0f} minutes ago, found nothing missing")
+
+
+def _of(account: str, livemode: bool, among: Sequence[tuple[str, bool]]) -> str:
+    if len(among) == 1:
+        return ""
+    return f" of {account or 'the own account'}, {'live' if livemode else 'test'} mode"
 
 
 # ── A running server ────────────────────────────────────────────────────────────────────────────────────────────
@@ -492,8 +560,15 @@ async def _server(subject: Subject) -> AsyncIterator[Finding]:
     async with httpx.AsyncClient(timeout=10, trust_env=False, verify=ssl.create_default_context()) as client:
         yield await _health(client, subject.server)
         yield await _metrics(client, subject.server, subject.settings)
-        yield await _signatures(client, subject.server, subject.settings)
-        yield await _endpoint(client, subject)
+        if subject.settings.webhook_secrets or not subject.settings.any_door_open:
+            yield await _signatures(client, subject.server, subject.settings)
+            yield await _endpoint(client, subject)
+        for road, keys in (
+            ("eventbridge", subject.settings.eventbridge_keys),
+            ("eventgrid", subject.settings.eventgrid_keys),
+        ):
+            if keys:
+                yield await _road(client, subject, road, keys)
 
 
 async def _health(client: httpx.AsyncClient, server: str) -> Finding:
@@ -564,6 +639,9 @@ _REFUSALS = {
     "databaseunavailable": "See the check of the database; Stripe delivers these again.",
     "overloaded": "Start more server processes (kamiyo serve --workers), or look at the database's disk.",
     "secretmissing": "Set STRIPE_WEBHOOK_SECRET, and start the server again.",
+    "api_key": "Compare the header X-Api-Key that EventBridge or Event Grid sends with KAMIYO_EVENTBRIDGE_KEY and "
+    "KAMIYO_EVENTGRID_KEY: Event Grid drops what is answered 401.",
+    "roadclosed": "Set KAMIYO_EVENTBRIDGE_KEY or KAMIYO_EVENTGRID_KEY, and start the server again.",
     "too_large": "Raise KAMIYO_MAX_BODY_BYTES, if it is Stripe who sends them.",
 }
 
@@ -603,7 +681,7 @@ async def _knock(client: httpx.AsyncClient, check: str, url: str, settings: Sett
         answer = await client.post(url, content=_NO_EVENT, headers={"Content-Type": "application/json"})
         if answer.status_code != 400 or _detail(answer) != "Missing Stripe signature header":
             return failed(check, f"{where} answers an unsigned delivery {answer.status_code}", _wrong(answer))
-        for number, secret in enumerate(settings.webhook_secrets, 1):
+        for called, secret in _named_secrets(settings):
             headers = {
                 "Content-Type": "application/json; charset=utf-8",
                 "Stripe-Signature": sign(_NO_EVENT, secret, int(time.time())),
@@ -619,7 +697,7 @@ async def _knock(client: httpx.AsyncClient, check: str, url: str, settings: Sett
             if detail != "Invalid payload":
                 return failed(
                     check,
-                    f"{where} refuses what is signed with secret number {number} of STRIPE_WEBHOOK_SECRET",
+                    f"{where} refuses what is signed with a secret: {called}",
                     "Start the server again with this secret. If it has it: a proxy changes the body, or a clock is "
                     "wrong; the server's log line delivery_rejected says which.",
                 )
@@ -630,6 +708,38 @@ async def _knock(client: httpx.AsyncClient, check: str, url: str, settings: Sett
             "Check the address, its DNS entry, its certificate, and the firewall.",
         )
     return None
+
+
+async def _road(client: httpx.AsyncClient, subject: Subject, road: str, keys: Sequence[str]) -> Finding:
+    """Deliver nothing by another road: without a key, and with each of them."""
+    variable = f"KAMIYO_{road.upper()}_KEY"
+    servers = [subject.server]
+    if subject.endpoint.endswith(STRIPE_PATH):
+        servers.append(subject.endpoint.removesuffix(STRIPE_PATH))
+    for url in (f"{server}{STRIPE_PATH.removesuffix('stripe')}{road}" for server in servers):
+        where = _shown(url)
+        try:
+            answer = await client.post(url, content=_NO_EVENT, headers={"Content-Type": "application/json"})
+            if answer.status_code != 401:
+                return failed(
+                    road,
+                    f"{where} answers a delivery without a key {answer.status_code}",
+                    f"Start the server again with this {variable}; let the proxy pass POST on this path on.",
+                )
+            for number, key in enumerate(keys, 1):
+                headers = {"Content-Type": "application/json", "X-Api-Key": key}
+                answer = await client.post(url, content=_NO_EVENT, headers=headers)
+                if answer.status_code != 400 or _detail(answer) != "Invalid payload":
+                    return failed(
+                        road,
+                        f"{where} answers key number {number} of {variable} with {answer.status_code}",
+                        f"Start the server again with this {variable}; let the proxy pass the header X-Api-Key on.",
+                    )
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            return failed(
+                road, f"{where} cannot be reached: {_network(error)}", "See the checks of health and endpoint."
+            )
+    return passed(road, f"{' and '.join(map(_shown, servers))} takes what shows a key of {variable}, and nothing else")
 
 
 def _wrong(answer: httpx.Response) -> str:
@@ -697,33 +807,59 @@ async def alerts(settings: Settings, *, send_test: bool) -> list[Finding]:
 async def stripe(subject: Subject, pool: Pool | None) -> list[Finding]:
     """The endpoints that Stripe has for the key's account and mode, and its clock. Nothing without a key."""
     settings = subject.settings
-    if not settings.stripe_secret_key.get_secret_value():
+    if not settings.api_keys:
         return []
     if pool is None:
         return [
             warning("stripe", "was not asked: the requests' budget is kept in the database", "Mend the database first.")
         ]
     api = StripeApi(pool, settings)
+    found: list[Finding] = []
     try:
-        endpoints = await _endpoints_of(api)
+        for account, livemode in api.keyed:
+            if account:
+                found.append(await _account_opened(api, account, livemode))
+            else:
+                endpoints = await _endpoints_of(api, livemode)
+                found += endpoints_known(endpoints, subject, livemode=livemode)
     except StripeRefused as error:
         may = "Let the key read webhook endpoints (Stripe dashboard, API keys), or set one that exists."
-        return [failed("stripe", str(error), may)]
+        return [*found, failed("stripe", str(error), may)]
     except StripeError as error:
         return [warning("stripe", str(error), "Run this again later; look at the network between here and Stripe.")]
     except _NOT_ASKED as error:
         return [warning("stripe", f"was not asked: {_words(error)}", "Mend the database first; run `kamiyo migrate`.")]
     finally:
         await api.close()
-    found = list(endpoints_known(endpoints, subject, livemode=api.livemode))
     return [*found, *await _stripes_clock(settings)]
 
 
-async def _endpoints_of(api: StripeApi) -> list[dict[str, Any]]:
+async def _account_opened(api: StripeApi, account: str, livemode: bool) -> Finding:
+    """Whether a key of STRIPE_SECRET_KEYS may read events, and is the key of the account whose name it has."""
+    check = f"key of {account}"
+    try:
+        await api.read("/v1/events", {"limit": 1}, account=account, livemode=livemode, patience=20)
+    except StripeRefused as error:
+        return failed(
+            check, str(error), "Let the key read events (Stripe dashboard, API keys), or set one that exists."
+        )
+    mode = "live" if livemode else "test"
+    try:
+        said = (await api.read("/v1/account", account=account, livemode=livemode, patience=20)).get("id")
+    except (StripeRefused, StripeGone):
+        return passed(check, f"may read events of {mode} mode; whose key it is, it may not read")
+    if said != account:
+        return failed(
+            check, f"is the key of {said}", f"Name it so in STRIPE_SECRET_KEYS, or copy the key of {account}."
+        )
+    return passed(check, f"may read events of {mode} mode")
+
+
+async def _endpoints_of(api: StripeApi, livemode: bool) -> list[dict[str, Any]]:
     endpoints: list[dict[str, Any]] = []
     after: dict[str, str] = {}
     while True:
-        page = await api.read("/v1/webhook_endpoints", {"limit": PAGE, **after}, patience=20)
+        page = await api.read("/v1/webhook_endpoints", {"limit": PAGE, **after}, livemode=livemode, patience=20)
         endpoints += page["data"]
         if not page["has_more"] or not page["data"]:
             return endpoints
@@ -759,7 +895,7 @@ def endpoints_known(endpoints: Iterable[dict[str, Any]], subject: Subject, *, li
     if len(enabled) > len(subject.settings.webhook_secrets):
         yield failed(
             "stripe endpoints",
-            f"{len(enabled)} enabled endpoints of {mode} mode deliver here, and STRIPE_WEBHOOK_SECRET holds "
+            f"{len(enabled)} enabled endpoints of {mode} mode deliver here, and the settings hold "
             f"{_count(len(subject.settings.webhook_secrets), 'secret')}: the others' deliveries are refused",
             "Each endpoint has a secret of its own: set them all, separated by commas.",
         )
@@ -857,9 +993,8 @@ def _without_secrets(finding: Finding, subject: Subject) -> Finding:
     url = settings.database_url.get_secret_value() if settings.database_url else ""
     password = re.match(r"\w+://[^:/]*:(.*)@", url)
     known = {
-        *settings.webhook_secrets,
+        *_secret_values(settings),
         settings.admin_api_key.get_secret_value(),
-        settings.stripe_secret_key.get_secret_value(),
         *settings.alert_channels,
         *((url, password[1], unquote(password[1])) if password else ()),
     }

@@ -25,7 +25,7 @@ class StripeError(KamiyoError):
 
 
 class StripeKeyMissing(StripeError):
-    """STRIPE_SECRET_KEY is not set, so Stripe cannot be asked."""
+    """No key of Stripe's API is set, so Stripe cannot be asked."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -51,58 +51,89 @@ class StripeUnavailable(StripeError):
 
 
 class StripeApi:
-    """Reads from Stripe with the key of the settings. Raises StripeKeyMissing when there is none."""
+    """Reads from Stripe with the keys of the settings. Raises StripeKeyMissing when there is none.
+
+    `keyed` are the accounts that have a key, each with its mode ('' is one's own); `livemode` is the mode that is read
+    where the caller names none: that of the first key.
+    """
 
     def __init__(self, pool: Pool, settings: Settings) -> None:
-        key = settings.stripe_secret_key.get_secret_value()
-        if not key:
+        keys = settings.api_keys
+        if not keys:
             raise StripeKeyMissing
         # The library takes 30 MB and half a second: only where Stripe is asked at all.
         self._stripe: Any = import_module("stripe")
         self._http: Any = self._stripe.HTTPXClient(timeout=settings.stripe_api_timeout)
-        self._client: Any = self._stripe.StripeClient(
-            key,
-            base_addresses={"api": settings.stripe_api_base},
-            # Retrying is ours: the budget must hold over all processes.
-            max_network_retries=0,
-            http_client=self._http,
-        )
+        self._clients: dict[tuple[str, bool], Any] = {
+            (key.account, key.livemode): self._stripe.StripeClient(
+                key.key,
+                base_addresses={"api": settings.stripe_api_base},
+                # Retrying is ours: the budget must hold over all processes.
+                max_network_retries=0,
+                http_client=self._http,
+            )
+            for key in keys
+        }
         self._pool = pool
         self._rate = settings.stripe_api_rate
-        self.livemode = "_live_" in key
+        self.keyed = tuple(self._clients)
+        self.livemode = keys[0].livemode
 
     async def close(self) -> None:
         """Let go of the connections."""
         await self._http.close_async()
 
+    def reaches(self, account: str, livemode: bool) -> bool:
+        """Whether there is a key that may read this account in this mode: its own, or the platform's."""
+        return (account, livemode) in self._clients or ("", livemode) in self._clients
+
     async def read(
-        self, path: str, params: Mapping[str, Any] | None = None, *, account: str = "", patience: float = 60.0
+        self,
+        path: str,
+        params: Mapping[str, Any] | None = None,
+        *,
+        account: str = "",
+        livemode: bool | None = None,
+        patience: float = 60.0,
     ) -> dict[str, Any]:
-        """GET `path` (`/v1/…`) with `params`, and return its JSON object.
+        """GET `path` (`/v1/…`) of `account` with `params`, and return its JSON object.
+
+        With the account's own key where it has one, with the platform's in the account's name otherwise. `livemode`
+        None is the mode of the account's key, or of the first.
 
         Waits for the budget and for Stripe, up to `patience` seconds; then raises StripeUnavailable. Raises StripeGone
         for a 404 and StripeRefused for anything else that asking again cannot mend.
         """
+        client, options = self._way_to(account, livemode)
         try:
             async with asyncio.timeout(patience):
                 while True:
                     await self._wait_for_budget()
                     try:
-                        return await self._get(path, account, params or {})
+                        return await self._get(client, path, {**(params or {}), **options})
                     except StripeUnavailable as busy:
                         await self._note("refused", busy.after)
         except TimeoutError as error:
             raise StripeUnavailable(f"Stripe did not answer {path} within {patience:g} s") from error
 
-    async def events(self, *, created_from: int, created_to: int) -> AsyncIterator[tuple[list[dict[str, Any]], bool]]:
+    async def events(
+        self,
+        *,
+        created_from: int,
+        created_to: int,
+        account: str = "",
+        livemode: bool | None = None,
+        after_event: str = "",
+    ) -> AsyncIterator[tuple[list[dict[str, Any]], bool]]:
         """Pages of the events created in these unix seconds (both inclusive), newest first; and whether it is the last.
 
-        Stripe keeps events for 30 days.
+        `after_event` goes on behind that event. Stripe keeps events for 30 days.
         """
-        after: dict[str, str] = {}
+        after = {"starting_after": after_event} if after_event else {}
         while True:
             created = {"gte": created_from, "lte": created_to}
-            page = await self.read("/v1/events", {"limit": PAGE, "created": created, **after})
+            params = {"limit": PAGE, "created": created, **after}
+            page = await self.read("/v1/events", params, account=account, livemode=livemode)
             events: list[dict[str, Any]] = page["data"]
             more = bool(page["has_more"]) and bool(events)
             yield events, not more
@@ -110,16 +141,32 @@ class StripeApi:
                 return
             after = {"starting_after": events[-1]["id"]}
 
-    async def _get(self, path: str, account: str, params: Mapping[str, Any]) -> dict[str, Any]:
-        options = {"stripe_account": account} if account else {}
+    def _way_to(self, account: str, livemode: bool | None) -> tuple[Any, dict[str, str]]:
+        if livemode is None:
+            modes = [live for owner, live in self._clients if owner == account]
+            livemode = self.livemode if self.livemode in modes or not modes else modes[0]
+        client = self._clients.get((account, livemode))
+        if client is not None:
+            return client, {}
+        client = self._clients.get(("", livemode))
+        if client is None or not account:
+            mode = "live" if livemode else "test"
+            whose = f"{account}, and none of one's own" if account else "one's own account"
+            raise StripeRefused(f"No key of {mode} mode is set for {whose}: see STRIPE_SECRET_KEY, STRIPE_SECRET_KEYS")
+        return client, {"stripe_account": account}
+
+    async def _get(self, client: Any, path: str, params: Mapping[str, Any]) -> dict[str, Any]:
         stripe = self._stripe
         try:
-            reply = await self._client.raw_request_async("get", path, **params, **options)
+            reply = await client.raw_request_async("get", path, **params)
         except stripe.RateLimitError as error:
             raise StripeUnavailable("Stripe: too many requests", _retry_after(error)) from error
         except (stripe.AuthenticationError, stripe.PermissionError) as error:
             # The library's message can quote the key.
-            raise StripeRefused(f"Stripe refuses STRIPE_SECRET_KEY for GET {path} ({error.http_status})") from None
+            whose = f" for {params['stripe_account']}" if "stripe_account" in params else ""
+            raise StripeRefused(
+                f"Stripe refuses {self._named(client)}{whose}: GET {path} ({error.http_status})"
+            ) from None
         except stripe.InvalidRequestError as error:
             if error.http_status == 404:
                 raise StripeGone(f"Stripe has nothing at {path}") from None
@@ -131,6 +178,10 @@ class StripeApi:
         if not isinstance(value, dict):
             raise StripeRefused(f"Stripe answered GET {path} with something that is no object")
         return value
+
+    def _named(self, client: Any) -> str:
+        [(account, _)] = [owner for owner, one in self._clients.items() if one is client]
+        return f"the key of {account} in STRIPE_SECRET_KEYS" if account else "STRIPE_SECRET_KEY"
 
     async def _wait_for_budget(self) -> None:
         while True:

@@ -155,7 +155,7 @@ def test_no_secret_shows_when_settings_are_printed() -> None:
 
 def test_whatever_is_secret_by_name_is_secret_by_type() -> None:
     for name, field in Settings.model_fields.items():
-        secret = bool(re.search(r"secret|api_key|(database|alert|hook)_urls?$", name))
+        secret = bool(re.search(r"secret|(api|bridge|grid)_key|(database|alert|hook)_urls?$", name))
         assert secret == (SecretStr in (field.annotation, *getattr(field.annotation, "__args__", ()))), name
 
 

@@ -11,7 +11,15 @@ from typing import Any
 import msgspec
 
 from kamiyo import telemetry
-from kamiyo.errors import BodyTooLarge, BodyTooSlow, PayloadError, ReceiveError, SignatureError, Unavailable
+from kamiyo.errors import (
+    BodyTooLarge,
+    BodyTooSlow,
+    PayloadError,
+    ReceiveError,
+    RoadKeyInvalid,
+    SignatureError,
+    Unavailable,
+)
 from kamiyo.receive import Receipt
 from kamiyo.telemetry import happened
 from kamiyo.web.system import System
@@ -29,7 +37,7 @@ _SAFE = (b"x-content-type-options", b"nosniff")
 _BODY_SECONDS = 15.0
 
 
-class _ClientLeft(Exception):
+class ClientLeft(Exception):
     """The client closed the connection before its body was complete."""
 
 
@@ -43,10 +51,10 @@ class StripeEndpoint:
         """Answer one delivery: every way it can end is one of the contract's answers."""
         try:
             receipt = await self._receive(scope, receive)
-        except _ClientLeft:
+        except ClientLeft:
             happened("client_left")
         except ReceiveError as error:
-            _count_refusal(error)
+            count_refusal(error)
             await _answer(send, error.status, {"detail": error.detail}, error.retry_after)
         else:
             await _answer(
@@ -71,10 +79,7 @@ class StripeEndpoint:
                 signature = value
             elif name == b"content-length":
                 length = value
-        limit = system.settings.max_body_bytes
-        if length is not None and length.isdigit() and int(length[:12]) > limit:
-            raise BodyTooLarge
-        body = await _body(receive, limit)
+        body = await read_body(receive, system.settings.max_body_bytes, length)
         try:
             receipt = await system.receiver.receive(body, signature)
         except SignatureError as error:
@@ -84,12 +89,18 @@ class StripeEndpoint:
         return receipt
 
 
-async def _body(receive: Receive, limit: int) -> bytes:
+async def read_body(receive: Receive, limit: int, length: bytes | None) -> bytes:
+    """The whole body, `length` being what its header says of it.
+
+    Raises BodyTooLarge beyond `limit` bytes, BodyTooSlow when it trickles, and ClientLeft.
+    """
+    if length is not None and length.isdigit() and int(length[:12]) > limit:
+        raise BodyTooLarge
     message = await receive()
     body: bytes = message.get("body", b"")
     if not message.get("more_body", False):
         if message["type"] == "http.disconnect":
-            raise _ClientLeft
+            raise ClientLeft
         if len(body) > limit:
             raise BodyTooLarge
         return body
@@ -105,7 +116,7 @@ async def _rest_of_body(receive: Receive, body: bytes, limit: int) -> bytes:
     while size <= limit:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise _ClientLeft
+            raise ClientLeft
         part: bytes = message.get("body", b"")
         parts.append(part)
         size += len(part)
@@ -116,9 +127,12 @@ async def _rest_of_body(receive: Receive, body: bytes, limit: int) -> bytes:
     return b"".join(parts)
 
 
-def _count_refusal(error: ReceiveError) -> None:
+def count_refusal(error: ReceiveError) -> None:
+    """Count a refused delivery by its reason, and log it."""
     if isinstance(error, SignatureError):
         reason = f"signature_{error.reason}"
+    elif isinstance(error, RoadKeyInvalid):
+        reason = "api_key"
     elif isinstance(error, PayloadError):
         reason = "payload"
     elif isinstance(error, BodyTooLarge):
