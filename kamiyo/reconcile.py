@@ -253,7 +253,8 @@ class _Comparison:
         mine = (self.account, self.livemode, self._run)
         if last:
             # Killed before this commit, the comparison goes on behind the page before.
-            row = await db.fetchrow(_SQL["finish"], *mine, late, window.end if self._joins(window) else None)
+            compared_to = window.end if self._joins(window) else None
+            row = await db.fetchrow(_SQL["finish"], *mine, late, compared_to, bool(window.after))
             if row is not None:
                 [self._cursor] = row
         else:

@@ -35,11 +35,15 @@ WHERE account = $1 AND livemode = $2 AND run = $3
 RETURNING run;
 
 -- name: finish
--- The last page is compared. The cursor moves only if the window began where everything before it had been compared
--- ($5 is null otherwise). No row: the turn is another's.
+-- The last page of a window is compared. The cursor moves only if the window began where everything before it had been
+-- compared ($5 is null otherwise). $6: a second window follows, and what both found is told together. No row: the turn
+-- is another's.
 UPDATE webhook_reconciliation
-SET heard_at = now(), finished_at = now(), compared_to = greatest(compared_to, to_timestamp($5)), missed = found + $4,
-    found = 0, window_from = NULL, window_to = NULL, after_event = NULL, refused_at = NULL
+SET heard_at = now(), compared_to = greatest(compared_to, to_timestamp($5)),
+    finished_at = CASE WHEN $6::boolean THEN finished_at ELSE now() END,
+    missed = CASE WHEN $6::boolean THEN missed ELSE found + $4 END,
+    found = CASE WHEN $6::boolean THEN found + $4 ELSE 0 END,
+    window_from = NULL, window_to = NULL, after_event = NULL, refused_at = NULL
 WHERE account = $1 AND livemode = $2 AND run = $3
 RETURNING extract(epoch FROM compared_to)::bigint;
 
