@@ -22,10 +22,12 @@ RETURNING run, extract(epoch FROM compared_to)::bigint AS compared_to, extract(e
           extract(epoch FROM window_to)::bigint AS window_to, after_event;
 
 -- name: known
--- Which of these ids are here, or were.
+-- Which of these ids are here, or were; or are a twin endpoint's, which must not come in by this door.
 SELECT event_id FROM webhook_events WHERE event_id = ANY ($1::text[])
 UNION ALL
-SELECT event_id FROM webhook_tombstones WHERE event_id = ANY ($1::text[]);
+SELECT event_id FROM webhook_tombstones WHERE event_id = ANY ($1::text[])
+UNION ALL
+SELECT event_id FROM webhook_shadow_events WHERE event_id = ANY ($1::text[]);
 
 -- name: advance
 -- A page is compared: the window, the last event of the page, and how many were missing. No row: the turn is another's.

@@ -16,7 +16,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -98,6 +98,13 @@ class Settings(BaseSettings):
         "Signing secrets by the name of their endpoint, beside or instead of STRIPE_WEBHOOK_SECRET, as JSON: "
         '{"platform": "whsec_…", "connect": ["whsec_…", "whsec_…"]}. The name is stored with each event as its source. '
         "A name that is an account's id (acct_…) files events that name no account under that account.",
+    )
+    shadow_webhook_secret: SecretStr = _setting(
+        "STRIPE_SHADOW_WEBHOOK_SECRET",
+        SecretStr(""),
+        "Signing secret of a twin endpoint (…/stripe?shadow=1) on an API version that is to be tried: what it delivers "
+        "is only compared, see `kamiyo upgrade-report`. Never one of STRIPE_WEBHOOK_SECRET or STRIPE_WEBHOOK_SECRETS: "
+        "so neither endpoint's events can come in by the other's door.",
     )
     admin_api_key: SecretStr = _setting(
         "ADMIN_API_KEY",
@@ -261,6 +268,19 @@ class Settings(BaseSettings):
         le=600,
     )
     metrics: bool = _setting("KAMIYO_METRICS", True, "Answer /metrics for Prometheus; off: 404.")
+    traces: bool = _setting(
+        "KAMIYO_TRACES",
+        False,
+        "Record each event's way as an OpenTelemetry trace; needs kamiyo-webhooks[otel]. Where to and how many is said "
+        "by OpenTelemetry's own variables: OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_TRACES_SAMPLER, OTEL_SERVICE_NAME, …",
+    )
+    trace_url: str = _setting(
+        "KAMIYO_TRACE_URL",
+        "",
+        "Where a trace can be looked at, for the links on the dashboard; {trace_id} stands for its id: "
+        "https://jaeger.example.com/trace/{trace_id}",
+        pattern=r"^(https?://\S*\{trace_id\}\S*)?$",
+    )
     alert_urls: SecretStr = _setting(
         "ALERT_URLS",
         SecretStr(""),
@@ -363,6 +383,20 @@ class Settings(BaseSettings):
     def any_door_open(self) -> bool:
         """Whether events can come in by any road at all."""
         return bool(self.signing_secrets or self.eventbridge_keys or self.eventgrid_keys)
+
+    @field_validator("shadow_webhook_secret")
+    @classmethod
+    def _is_another(cls, value: SecretStr, info: ValidationInfo) -> SecretStr:
+        plain, named = info.data.get("stripe_webhook_secret"), info.data.get("stripe_webhook_secrets")
+        real = {*(_listed(plain) if plain else ()), *(secret for _, secret in _by_name(named or SecretStr("")))}
+        if set(_listed(value)) & real:
+            raise ValueError("must be another than those of STRIPE_WEBHOOK_SECRET and STRIPE_WEBHOOK_SECRETS")
+        return value
+
+    @property
+    def shadow_secrets(self) -> tuple[str, ...]:
+        """The signing secrets of the twin endpoint; none where there is no such endpoint."""
+        return _listed(self.shadow_webhook_secret)
 
     @property
     def handler_modules(self) -> tuple[str, ...]:

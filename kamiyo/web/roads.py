@@ -19,7 +19,7 @@ from kamiyo.receive import Receipt
 from kamiyo.telemetry import happened
 from kamiyo.web import models
 from kamiyo.web.system import System
-from kamiyo.web.webhooks import ClientLeft, count_refusal, read_body
+from kamiyo.web.webhooks import UNREAD, Bodies, ClientLeft, count_refusal
 
 _EVENTBRIDGE, _EVENTGRID = "eventbridge", "eventgrid"
 
@@ -42,7 +42,7 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def roads_router(current: Callable[[], System | None]) -> APIRouter:
+def roads_router(current: Callable[[], System | None], bodies: Bodies) -> APIRouter:
     """The calls of other roads, for the system that `current()` names at the time of the call; None: not started."""
     router = APIRouter(tags=["webhooks"])
 
@@ -59,9 +59,10 @@ def roads_router(current: Callable[[], System | None]) -> APIRouter:
         async def answer() -> dict[str, Any]:
             system = _running(current())
             _admit(x_api_key, system.settings.eventbridge_keys)
-            body = await _read(request, system.settings.max_body_bytes)
+            body = await _read(bodies, request, system.settings.max_body_bytes)
             event = envelope.from_eventbridge(body)
-            return _told(await system.receiver.receive_vouched(event, source=_EVENTBRIDGE))
+            caller = _caller(request)
+            return _told(await system.receiver.receive_vouched(event, source=_EVENTBRIDGE, caller=caller))
 
         return await _answered(answer)
 
@@ -97,12 +98,12 @@ def roads_router(current: Callable[[], System | None]) -> APIRouter:
                 limit = min(limit, _LONGEST_QUESTION)
             else:
                 _admit(x_api_key, system.settings.eventgrid_keys)
-            carried = envelope.from_eventgrid(await _read(request, limit))
+            carried = envelope.from_eventgrid(await _read(bodies, request, limit))
             if isinstance(carried, Validation):
                 return {"validationResponse": carried.code}
             if asked:
                 raise RoadKeyInvalid
-            receipts = await _receive_all(system, carried)
+            receipts = await _receive_all(system, carried, _caller(request))
             return {"status": "success", "count": len(receipts), "events": [_told(receipt) for receipt in receipts]}
 
         return await _answered(answer)
@@ -158,8 +159,7 @@ async def _answered(answer: Callable[[], Awaitable[dict[str, Any] | Response]]) 
     except ReceiveError as error:
         count_refusal(error)
         headers = {"Retry-After": str(error.retry_after)} if error.retry_after is not None else {}
-        if error.status in (408, 413):
-            # The rest of the body was not read, so nothing sensible can follow it on this connection.
+        if isinstance(error, UNREAD):
             headers["Connection"] = "close"
         said = JSONResponse({"detail": error.detail}, error.status, headers)
     response = said if isinstance(said, Response) else JSONResponse(said)
@@ -182,14 +182,21 @@ def _admit(given: str | None, keys: Sequence[str]) -> None:
         raise RoadKeyInvalid
 
 
-async def _read(request: Request, limit: int) -> bytes:
+async def _read(bodies: Bodies, request: Request, limit: int) -> bytes:
     length = request.headers.get("content-length")
-    return await read_body(request.receive, limit, length.encode("latin-1") if length is not None else None)
+    return await bodies.read(request.receive, limit, length.encode("latin-1") if length is not None else None)
 
 
-async def _receive_all(system: System, carried: Sequence[bytes]) -> list[Receipt]:
+def _caller(request: Request) -> bytes | None:
+    value = request.headers.get("traceparent")
+    return value.encode("latin-1") if value is not None else None
+
+
+async def _receive_all(system: System, carried: Sequence[bytes], caller: bytes | None) -> list[Receipt]:
+    receiver = system.receiver
     ends = await asyncio.gather(
-        *(system.receiver.receive_vouched(event, source=_EVENTGRID) for event in carried), return_exceptions=True
+        *(receiver.receive_vouched(event, source=_EVENTGRID, caller=caller) for event in carried),
+        return_exceptions=True,
     )
     # Whatever is not committed must be delivered again; only then, what is no event. Event Grid takes one answer for
     # all, and drops what was answered 400: so that nothing else is dropped with it, the rest is stored by now.
