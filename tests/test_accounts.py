@@ -133,18 +133,19 @@ async def test_each_event_is_stored_under_the_name_of_the_endpoint_that_signed_i
     database_url: str, db: Connection, settings: MakeSettings
 ) -> None:
     named = {"STRIPE_WEBHOOK_SECRET": PLAIN, "STRIPE_WEBHOOK_SECRETS": SECRETS, "STRIPE_ACCOUNT_ID": "acct_own"}
+    kinds: list[tuple[str, str, str, dict[str, Any]]] = [
+        (PLATFORM, "platform", "", {}),
+        (CONNECT, "connect", "acct_1", {"account": "acct_1"}),
+        (PLAIN, "webhook", "acct_1", {"context": "acct_1"}),
+        # An endpoint of another account of one's own: its events name nobody.
+        (MEMBER, "acct_member", "acct_member", {}),
+        # An organisation's endpoint names the own account as well.
+        (CONNECT, "connect", "", {"context": "acct_own"}),
+    ]
     deliveries: list[tuple[bytes, str, str, str]] = []
     for n in range(40):
         made: dict[str, Any] = {"id": f"cus_{n}", "object": "customer", "created": 1}
-        secret, source, account, said = [
-            (PLATFORM, "platform", "", {}),
-            (CONNECT, "connect", "acct_1", {"account": "acct_1"}),
-            (PLAIN, "webhook", "acct_1", {"context": "acct_1"}),
-            # An endpoint of another account of one's own: its events name nobody.
-            (MEMBER, "acct_member", "acct_member", {}),
-            # An organisation's endpoint names the own account as well.
-            (CONNECT, "connect", "", {"context": "acct_own"}),
-        ][n % 5]
+        secret, source, account, said = kinds[n % 5]
         deliveries.append((event_json(f"evt_{n}", "customer.created", made, **said), secret, source, account))
     async with running_client(create_app(settings(**named))) as client:
         # At once, so that endpoints share groups and none gets another's name.
