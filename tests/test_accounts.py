@@ -3,21 +3,24 @@
 import asyncio
 import json
 import random
+import time
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
 from typer.testing import CliRunner
 
-from kamiyo import inbox, rebuild
+from kamiyo import inbox, reads, rebuild
 from kamiyo.cli.main import app as command_line
 from kamiyo.database import Connection
 from kamiyo.event import Event
 from kamiyo.handlers import Registry
+from kamiyo.projections import Read
 from kamiyo.simulator import CURRENT_API_VERSION, STORIES, World
 from kamiyo.web import create_app
 from tests.conftest import ADMIN, PREFIX, MakeSettings, event_json, running_client, settled, signed
-from tests.turns import read, work_off, worker_on
+from tests.turns import NOW, read, work_off, worker_on
 
 PLATFORM, CONNECT, MEMBER, PLAIN = ("whsec_platform", "whsec_connect", "whsec_member", "whsec_plain")
 SECRETS = json.dumps({"platform": PLATFORM, "connect": ["whsec_old", CONNECT], "acct_member": MEMBER})
@@ -124,6 +127,62 @@ async def test_two_that_contradict_each_other_in_two_accounts_are_no_tie(
     worker.pool.terminate()
     rows = await db.fetch("SELECT name, order_evidence FROM billing.customers ORDER BY name")
     assert [tuple(row) for row in rows] == [(name, "decided") for name in ("Ada", "Bela", "Cyd", "Dan")]
+
+
+async def test_what_stripes_api_said_of_an_object_is_kept_and_shown_in_its_account_and_mode_alone(
+    db: Connection,
+) -> None:
+    names = {("", False): "Ada", ("", True): "Bela", ("acct_1", True): "Cyd"}
+    told = [
+        Read(
+            *("customer", "cus_1", account, livemode),
+            *(json.dumps({"id": "cus_1", "object": "customer", "name": name}).encode(), NOW, "audit"),
+        )
+        for (account, livemode), name in names.items()
+    ]
+    gone = replace(told[2], body=b'{"id": "cus_1", "object": "customer", "deleted": true}', second=NOW + 10)
+    for heard in (told, [gone]):
+        async with db.transaction():
+            result = await reads.apply(db, heard)
+        assert (result.held_up, result.unreadable) == ([], [])
+
+    async def shown() -> dict[tuple[str, bool], tuple[str, bool]]:
+        rows = await db.fetch("SELECT account, livemode, name, deleted_at FROM billing.customers WHERE id = 'cus_1'")
+        return {(row["account"], row["livemode"]): (row["name"], row["deleted_at"] is not None) for row in rows}
+
+    each = await shown()
+    assert each == {whose: (name, whose == ("acct_1", True)) for whose, name in names.items()}
+    await rebuild.rebuild(db)
+    assert await shown() == each
+
+
+async def test_a_twin_endpoints_event_is_the_twin_of_one_in_the_same_account_and_mode_only(
+    database_url: str, db: Connection, settings: MakeSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    made, second = {"id": "cus_1", "object": "customer", "created": 1}, int(time.time()) + 5
+
+    def said(event_id: str, **whose: Any) -> bytes:
+        return event_json(event_id, "customer.created", made, created=second, **whose)
+
+    doors = {"STRIPE_WEBHOOK_SECRETS": SECRETS, "STRIPE_SHADOW_WEBHOOK_SECRET": "whsec_twin"}
+    async with running_client(create_app(settings(**doors, STRIPE_ACCOUNT_ID="acct_own"))) as client:
+        for path, secret, bodies in (
+            # The twin's organisation names one's own account, the other endpoint does not.
+            ("stripe?shadow=1", "whsec_twin", [said("evt_4", context="acct_own"), said("evt_5", account="acct_2")]),
+            ("stripe", CONNECT, [said("evt_1"), said("evt_2", account="acct_1"), said("evt_3", livemode=True)]),
+        ):
+            for body in bodies:
+                answer = await client.post(f"{PREFIX}/{path}", content=body, headers=signed(body, secret))
+                assert answer.status_code == 200
+        crossed = await client.post(f"{PREFIX}/stripe?shadow=1", content=body, headers=signed(body, CONNECT))
+        assert crossed.status_code == 400, "a named endpoint's secret does not open the twin's door"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DATABASE_URL", database_url)
+    done = await asyncio.to_thread(CliRunner().invoke, command_line, ["upgrade-report", "--json", "--grace", "0"])
+    said_of_it = json.loads(done.stdout)
+    pairs = said_of_it["types"]["customer.created"]
+    assert (said_of_it["pairs"], pairs["alike"]) == (1, 1)
+    assert (pairs["without_twin"]["count"], pairs["without_real"]["count"]) == (2, 1)
 
 
 # ── A secret for each endpoint ────────────────────────────────────────────────────────────────────────────
