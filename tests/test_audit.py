@@ -285,7 +285,7 @@ async def test_the_command_tells_scripts_and_people_and_shows_no_customers_data(
         assert (await run("audit", "--sample", share)).exit_code == 2
 
     mended = await run("audit", "--sample", "100%", "--wait", "0", "--repair")
-    assert mended.exit_code == 0 and "2 are mended" in mended.stdout
+    assert mended.exit_code == 0 and "2 mended" in mended.stdout
     filled = await run("backfill", "all", "--json")
     lines = [json.loads(line) for line in filled.stdout.splitlines()]
     assert {line["collection"]: line["objects"] for line in lines} == {

@@ -215,18 +215,19 @@ def _said(difference: Difference, value: Any) -> str:
 
 def _conclude(done: Audited, left: int, repair: bool) -> None:
     wrong = len(done.findings)
+    are = "is" if wrong == 1 else "are"
     said = f"{done.checked} rows compared: " + (
-        f"{wrong} are not as Stripe has them" if wrong else "all as Stripe has them"
+        f"{wrong} {are} not as Stripe has them" if wrong else "all as Stripe has them"
     )
     if repair and wrong:
-        said += f", {wrong - left} are mended"
+        said += f", {wrong - left} mended"
     if done.unsettled:
         said += f"; {done.unsettled} changed too often to tell, and are left for the next time"
     console.print(f"\n{said}" if wrong else said, highlight=False)
-    if left and not repair:
-        console.print("`kamiyo audit --repair` puts what Stripe says into the tables.", highlight=False)
-    elif left:
+    if any(finding.verdict is Verdict.differs and not finding.mended for finding in done.findings):
         console.print(
-            "A row in a final state is not mended: `kamiyo rebuild` makes the tables again from events and reads.",
+            "What was not mended is in a final state, which nothing overwrites: `kamiyo rebuild` makes the tables again."
+            if repair
+            else "`kamiyo audit --repair` puts what Stripe says into the tables.",
             highlight=False,
         )
