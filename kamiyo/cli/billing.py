@@ -226,7 +226,7 @@ def _conclude(done: Audited, left: int, repair: bool) -> None:
     console.print(f"\n{said}" if wrong else said, highlight=False)
     if any(finding.verdict is Verdict.differs and not finding.mended for finding in done.findings):
         console.print(
-            "What was not mended is in a final state, which nothing overwrites: `kamiyo rebuild` makes the tables again."
+            "What was not mended is in a final state, which nothing overwrites: `kamiyo rebuild` makes it again."
             if repair
             else "`kamiyo audit --repair` puts what Stripe says into the tables.",
             highlight=False,
