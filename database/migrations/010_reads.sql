@@ -1,4 +1,5 @@
--- Reading from Stripe's API: what Stripe said of an object, events that wait until it has been asked, and how asking goes.
+-- What Stripe's API said of an object, kept beside the events. In this version nothing asks for objects yet; the rebuild
+-- and the ties already count with what is kept here.
 
 BEGIN;
 

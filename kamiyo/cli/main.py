@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from kamiyo.cli import billing, chaos, conform, doctor, events, serve, simulate
+from kamiyo.cli import billing, chaos, conform, doctor, events, serve, simulate, upgrade
 from kamiyo.cli.console import complain
 from kamiyo.errors import KamiyoError
 
@@ -29,6 +29,7 @@ app.command("backfill")(billing.backfill)
 app.command("audit")(billing.audit)
 app.command("rebuild")(events.rebuild)
 app.command("cleanup")(events.cleanup)
+app.command("upgrade-report")(upgrade.upgrade_report)
 
 
 def main() -> None:
