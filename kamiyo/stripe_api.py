@@ -7,12 +7,12 @@ longer each time, and whoever asked waits or comes again later.
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from importlib import import_module
 from math import floor
-from typing import Any
+from typing import Any, TypeVar
 
 from kamiyo.database import Pool, load_queries
 from kamiyo.errors import KamiyoError
@@ -22,6 +22,11 @@ _SQL = load_queries("stripe_api.sql")
 
 #: Objects on one page of a list, at most. Source: Stripe's API reference, "Pagination".
 PAGE = 100
+
+# Requests of one piece of work that are on their way at once: one after the other would leave the budget unused.
+_AT_ONCE = 8
+
+_T = TypeVar("_T")
 
 
 class StripeError(KamiyoError):
@@ -69,11 +74,11 @@ class Reply:
 class StripeApi:
     """Reads from Stripe with the keys of the settings. Raises StripeKeyMissing when there is none.
 
-    `keyed` are the accounts that have a key, each with its mode ('' is one's own); `livemode` is the mode that is read
-    where the caller names none: that of the first key.
+    `keyed` are the accounts that have a key, each with its mode ('' is one's own). `livemode` is the mode that is read
+    where a call names none: that of the first key unless it is given here.
     """
 
-    def __init__(self, pool: Pool, settings: Settings) -> None:
+    def __init__(self, pool: Pool, settings: Settings, *, livemode: bool | None = None) -> None:
         keys = settings.api_keys
         if not keys:
             raise StripeKeyMissing
@@ -93,7 +98,7 @@ class StripeApi:
         self._pool = pool
         self._rate = settings.stripe_api_rate
         self.keyed = tuple(self._clients)
-        self.livemode = keys[0].livemode
+        self.livemode = keys[0].livemode if livemode is None else livemode
 
     async def close(self) -> None:
         """Let go of the connections."""
@@ -114,8 +119,8 @@ class StripeApi:
     ) -> Reply:
         """GET `path` (`/v1/…`) of `account` with `params`; its JSON object.
 
-        With the account's own key where it has one, with the platform's in the account's name otherwise. `livemode`
-        None is the mode of the account's key, or of the first.
+        With the account's own key where it has one, with the platform's in the account's name otherwise. Raises
+        StripeRefused where neither has a key of the mode.
 
         Waits for the budget and for Stripe, up to `patience` seconds; then raises StripeUnavailable. Raises StripeGone
         for a 404 and StripeRefused for anything else that asking again cannot mend.
@@ -178,9 +183,7 @@ class StripeApi:
             behind = {"starting_after": objects[-1]["id"]}
 
     def _way_to(self, account: str, livemode: bool | None) -> tuple[Any, dict[str, str]]:
-        if livemode is None:
-            modes = [live for owner, live in self._clients if owner == account]
-            livemode = self.livemode if self.livemode in modes or not modes else modes[0]
+        livemode = self.livemode if livemode is None else livemode
         client = self._clients.get((account, livemode))
         if client is not None:
             return client, {}
@@ -200,9 +203,9 @@ class StripeApi:
             raise StripeUnavailable("Stripe: too many requests", _retry_after(error)) from error
         except (stripe.AuthenticationError, stripe.PermissionError) as error:
             # The library's message can quote the key.
-            whose = f" for {params['stripe_account']}" if "stripe_account" in params else ""
+            whose = f" of {params['stripe_account']}" if "stripe_account" in params else ""
             raise StripeRefused(
-                f"Stripe refuses {self._named(client)}{whose}: GET {path} ({error.http_status})"
+                f"Stripe refuses {self._named(client)} for GET {path}{whose} ({error.http_status})"
             ) from None
         except stripe.InvalidRequestError as error:
             if error.http_status == 404:
@@ -236,6 +239,27 @@ class StripeApi:
     async def _note(self, query: str, *parameters: float) -> None:
         async with self._pool.acquire(timeout=10) as db:
             await db.execute(_SQL[query], *parameters)
+
+
+async def together(asks: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:
+    """Ask several things, a few of them at once; what came of each, in order. The first error ends the rest."""
+    free = asyncio.Semaphore(_AT_ONCE)
+
+    async def one(ask: Coroutine[Any, Any, _T]) -> _T:
+        async with free:
+            return await ask
+
+    waiting = list(asks)
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            asked = [tasks.create_task(one(ask)) for ask in waiting]
+    except ExceptionGroup as group:
+        # One reason is enough for a person, and for whoever catches it by its type.
+        raise group.exceptions[0] from None
+    finally:
+        for ask in waiting:
+            ask.close()  # those that an error kept from being begun
+    return [task.result() for task in asked]
 
 
 def _began(headers: Mapping[str, str], took: float) -> int:

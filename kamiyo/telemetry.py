@@ -121,6 +121,9 @@ _LEVELS: dict[str, int] = {
     "reconciled": _INFO,
     "reconcile_refused": _INFO,
     "reconcile_failed": _WARNING,
+    "backfilled": _INFO,
+    "object_unreadable": _WARNING,
+    "audited": _INFO,
     # telling people
     "alert_told": _INFO,
     "alert_failed": _WARNING,

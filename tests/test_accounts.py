@@ -11,16 +11,20 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from kamiyo import inbox, reads, rebuild
+from kamiyo import database, inbox, reads, rebuild
+from kamiyo.audit import audit
+from kamiyo.backfill import backfill
 from kamiyo.cli.main import app as command_line
 from kamiyo.database import Connection
 from kamiyo.event import Event
 from kamiyo.handlers import Registry
 from kamiyo.projections import Read
 from kamiyo.simulator import CURRENT_API_VERSION, STORIES, World
+from kamiyo.stripe_api import StripeApi
 from kamiyo.web import create_app
 from tests.conftest import ADMIN, PREFIX, MakeSettings, event_json, running_client, settled, signed
-from tests.turns import NOW, read, work_off, worker_on
+from tests.stripe_server import KEY, stripe_server
+from tests.turns import NOW, example, read, work_off, worker_on
 
 PLATFORM, CONNECT, MEMBER, PLAIN = ("whsec_platform", "whsec_connect", "whsec_member", "whsec_plain")
 SECRETS = json.dumps({"platform": PLATFORM, "connect": ["whsec_old", CONNECT], "acct_member": MEMBER})
@@ -154,6 +158,46 @@ async def test_what_stripes_api_said_of_an_object_is_kept_and_shown_in_its_accou
     assert each == {whose: (name, whose == ("acct_1", True)) for whose, name in names.items()}
     await rebuild.rebuild(db)
     assert await shown() == each
+
+
+async def test_a_backfill_and_an_audit_read_one_account_in_one_mode_with_its_own_key_and_touch_no_other(
+    db: Connection, database_url: str, settings: MakeSettings
+) -> None:
+    live, member = "rk_live_of_the_tests", "rk_live_of_a_member"
+    pool = await database.open_pool(database_url, size=10, application="test", idle_limit=60)
+    async with stripe_server() as stripe:
+        stripe.keys = {KEY: "", live: "", member: "acct_member"}
+        keyed = {"STRIPE_SECRET_KEY": f"{KEY},{live}", "STRIPE_SECRET_KEYS": json.dumps({"acct_member": member})}
+        changes = {**keyed, "STRIPE_API_BASE": stripe.base, "KAMIYO_STRIPE_API_RATE": 100}
+        in_mode = {mode: StripeApi(pool, settings(**changes), livemode=mode) for mode in (True, False)}
+
+        def show(account: str, livemode: bool, name: str) -> None:
+            stripe.show(example("customer", id="cus_1", name=name, livemode=livemode), account=account)
+
+        names = {("", False): "Ada", ("", True): "Bela", ("acct_member", True): "Cyd"}
+        for (account, livemode), name in names.items():
+            show(account, livemode, name)
+            await backfill(pool, in_mode[livemode], ["customers"], account=account)
+        rows = await db.fetch("SELECT account, livemode, name FROM billing.customers")
+        assert {(row["account"], row["livemode"]): row["name"] for row in rows} == names
+
+        # An account that has a key of live mode alone is not read with it in test mode.
+        show("acct_member", True, "Dan")
+        stripe.ahead = 5
+        done = await audit(pool, in_mode[True], share=1, account="acct_member", repair=True, pause=noop_pause)
+        assert [(one.account, one.livemode, one.mended) for one in done.findings] == [("acct_member", True, True)]
+        nothing = await audit(pool, in_mode[False], share=1, account="acct_member", pause=noop_pause)
+        assert nothing.checked == 0
+        for api in in_mode.values():
+            await api.close()
+    pool.terminate()
+    rows = await db.fetch("SELECT account, livemode, name FROM billing.customers")
+    changed = {**names, ("acct_member", True): "Dan"}
+    assert {(row["account"], row["livemode"]): row["name"] for row in rows} == changed
+
+
+async def noop_pause() -> None:
+    """Nothing is on its way that would be worth waiting for."""
 
 
 async def test_a_twin_endpoints_event_is_the_twin_of_one_in_the_same_account_and_mode_only(
