@@ -749,6 +749,13 @@ def endpoints_known(endpoints: Iterable[dict[str, Any]], subject: Subject, *, li
         return
     for one in ours:
         yield _endpoint_known(one, mode)
+    if any(_is_twin(one) for one in every) and not subject.settings.shadow_secrets:
+        yield warning(
+            "twin endpoint",
+            f"Stripe delivers to …{STRIPE_PATH}?shadow in {mode} mode, and STRIPE_SHADOW_WEBHOOK_SECRET is not set: "
+            "these deliveries are refused",
+            "Set it to that endpoint's signing secret, or remove the endpoint in the Stripe dashboard.",
+        )
     enabled = [one for one in ours if one["status"] == "enabled"]
     if len({one["url"] for one in enabled}) < len(enabled):
         yield warning(
@@ -767,9 +774,17 @@ def endpoints_known(endpoints: Iterable[dict[str, Any]], subject: Subject, *, li
 
 def _is_ours(endpoint: dict[str, Any], url: str) -> bool:
     theirs = str(endpoint["url"])
+    if _is_twin(endpoint):
+        return False
     if url:
         return theirs.rstrip("/").lower() == url.rstrip("/").lower()
     return urlsplit(theirs).path.rstrip("/") == STRIPE_PATH
+
+
+def _is_twin(endpoint: dict[str, Any]) -> bool:
+    # What it delivers is compared, and never counted: see `kamiyo/shadow.py`.
+    theirs = urlsplit(str(endpoint["url"]))
+    return theirs.path == STRIPE_PATH and "shadow" in theirs.query
 
 
 def _endpoint_known(endpoint: dict[str, Any], mode: str) -> Finding:

@@ -23,7 +23,7 @@ FLOORS: list[set[str]] = [
     {"stripe_api"},
     {"projections"},
     {"inbox"},
-    {"ties"},
+    {"ties", "mirror"},
     {"handlers", "rebuild", "alerts", "simulator"},
     {"receive", "shadow", "upgrade", "reconcile", "conform", "doctor"},
     {"worker"},
