@@ -16,6 +16,10 @@ whose bits say, from the most telling down:
     attempts   an invoice's attempt_count only grows
     whole      a deletion that carries the full object outranks the stub that only says it is gone
 
+**Reads.** An object as Stripe's API gave it takes its place among the events. A request that began in Stripe's second
+`s` shows what became of every event before `s`, and perhaps some of `s`. So a read ranks as second `s - 1`, with a
+stage above every event's: above all events of that second, below any later one.
+
 The row keeps the rank of the event that made it, and only a higher one overwrites it: so the end is the same in any
 order, any number of times, in any batches. Equal ranks with different content are a *tie*; `kamiyo/ties.py` weighs
 the evidence of all events of that second together, which is again the same in any order.
@@ -25,7 +29,7 @@ Source for the shapes of each API version: Stripe's changelog, 2025-03-31.basil,
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated, Any, cast
 
 import asyncpg
@@ -33,7 +37,7 @@ import msgspec
 
 from kamiyo.database import Connection, load_queries
 from kamiyo.errors import KamiyoError, PayloadError
-from kamiyo.event import Event
+from kamiyo.event import Event, decode
 
 _SQL = load_queries("projections.sql")
 
@@ -80,8 +84,13 @@ class Row:
 
     @property
     def is_stub(self) -> bool:
-        """Whether it comes from a deletion that only says that the customer is gone, without the customer."""
-        return _is_stub(self.table, self.rank)
+        """Whether it only says that the object is gone, without the object."""
+        return _is_stub(self.rank)
+
+    @property
+    def is_read(self) -> bool:
+        """Whether it comes from Stripe's API, not from an event."""
+        return _is_read(self.rank)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +103,45 @@ class Standing:
 
     @property
     def is_stub(self) -> bool:
-        """Whether the row was made by a deletion that did not carry the customer."""
-        return _is_stub(self.table, self.rank)
+        """Whether the row was made by a deletion that did not carry the object."""
+        return _is_stub(self.rank)
+
+    @property
+    def is_read(self) -> bool:
+        """Whether the row was made by a read from Stripe's API."""
+        return _is_read(self.rank)
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """One object as `GET /v1/…` gave it.
+
+    `body` is its JSON; empty where Stripe has no such object (404). The request began in `second` (unix, by Stripe's
+    clock) or later, so everything that happened before that second is in it. `source` is the event that led to it,
+    or the word for what did (`backfill`, `audit`). `ended` is the second in which the object's life ended, where an
+    event has told that: a customer's or an invoice's deletion, a payment method's detachment. `received` is when it
+    was stored here.
+    """
+
+    object_type: str
+    object_id: str
+    account: str
+    livemode: bool
+    body: bytes
+    second: int
+    source: str
+    ended: int | None = None
+    received: datetime = datetime(2000, 1, 1, tzinfo=UTC)
+
+    @property
+    def key(self) -> _Key:
+        """What identifies the object: id, account, livemode."""
+        return self.object_id, self.account, self.livemode
+
+    @property
+    def gone(self) -> bool:
+        """Whether Stripe does not have the object any more. Raises PayloadError where the body is no JSON object."""
+        return not self.body or decode(self.body).get("deleted") is True
 
 
 # ── Shapes: only the fields that are kept, in every version's place ─────────────────────────────────────────────
@@ -252,28 +298,28 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 }
 
 
-def _customer(o: _Customer, event: Event) -> tuple[Any, ...]:
+def _customer(o: _Customer, ended: int | None) -> tuple[Any, ...]:
     settings = o.invoice_settings
     return (
         *(o.email, o.name, o.phone, o.description, o.currency, o.balance, o.delinquent),
-        _id(settings.default_payment_method) if settings else None,
-        *(_json(o.metadata), o.created, event.created if _ends(event) else None),
+        reference(settings.default_payment_method) if settings else None,
+        *(_json(o.metadata), o.created, ended),
     )
 
 
-def _subscription(o: _Subscription, event: Event) -> tuple[Any, ...]:
+def _subscription(o: _Subscription, ended: int | None) -> tuple[Any, ...]:
     items = o.items.data if o.items else []
     first = items[0] if items else _Item()
     return (
-        *(_id(o.customer) or _id(o.customer_account), o.status, o.currency, _price(first), first.quantity),
+        *(reference(o.customer) or reference(o.customer_account), o.status, o.currency, _price(first), first.quantity),
         _encode([{"id": item.id, "price": _price(item), "quantity": item.quantity} for item in items]).decode(),
         # Until 2025-03-31.basil the period was the subscription's; since then each item has its own.
         o.current_period_start if o.current_period_start is not None else first.current_period_start,
         o.current_period_end if o.current_period_end is not None else first.current_period_end,
         *(o.cancel_at_period_end, o.cancel_at, o.canceled_at, o.ended_at, o.trial_start, o.trial_end),
         *(
-            _id(o.default_payment_method),
-            _id(o.latest_invoice),
+            reference(o.default_payment_method),
+            reference(o.latest_invoice),
             o.collection_method,
             _json(o.metadata),
             o.created,
@@ -281,12 +327,12 @@ def _subscription(o: _Subscription, event: Event) -> tuple[Any, ...]:
     )
 
 
-def _invoice(o: _Invoice, event: Event) -> tuple[Any, ...]:
+def _invoice(o: _Invoice, ended: int | None) -> tuple[Any, ...]:
     details = o.parent.subscription_details if o.parent else None
     return (
-        _id(o.customer) or _id(o.customer_account),
+        reference(o.customer) or reference(o.customer_account),
         # Basil moved it to parent.subscription_details.
-        _id(details.subscription) if details else _id(o.subscription),
+        reference(details.subscription) if details else reference(o.subscription),
         *(
             o.number,
             o.status,
@@ -304,18 +350,17 @@ def _invoice(o: _Invoice, event: Event) -> tuple[Any, ...]:
             o.invoice_pdf,
             _json(o.metadata),
             o.created,
-            event.created if _ends(event) else None,
+            ended,
         ),
     )
 
 
-def _payment_method(o: _PaymentMethod, event: Event) -> tuple[Any, ...]:
+def _payment_method(o: _PaymentMethod, ended: int | None) -> tuple[Any, ...]:
     # The details live under a key named like the type. Other types have nothing that fits these columns.
     known = o.card or o.us_bank_account or o.sepa_debit or o.bacs_debit or o.au_becs_debit or o.acss_debit
     details = _Details(known or {})
-    detached = event.type == "payment_method.detached"
     return (
-        None if detached else _id(o.customer) or _id(o.customer_account),
+        None if ended is not None else reference(o.customer) or reference(o.customer_account),
         *(o.type, details.text("brand"), details.text("last4"), details.number("exp_month")),
         *(
             details.number("exp_year"),
@@ -323,7 +368,7 @@ def _payment_method(o: _PaymentMethod, event: Event) -> tuple[Any, ...]:
             details.text("country"),
             details.text("fingerprint"),
         ),
-        *(_json(o.metadata), o.created, event.created if detached else None),
+        *(_json(o.metadata), o.created, ended),
     )
 
 
@@ -344,11 +389,11 @@ class _Details:
 class _Kind:
     table: str
     shape: type[msgspec.Struct]
-    columns_of: Callable[[Any, Event], tuple[Any, ...]]
+    columns_of: Callable[[Any, int | None], tuple[Any, ...]]
     read: Callable[[bytes], Any]
 
 
-def _kind(table: str, shape: type[msgspec.Struct], columns_of: Callable[[Any, Event], tuple[Any, ...]]) -> _Kind:
+def _kind(table: str, shape: type[msgspec.Struct], columns_of: Callable[[Any, int | None], tuple[Any, ...]]) -> _Kind:
     data = msgspec.defstruct(f"{shape.__name__}Data", [("object", shape)])
     whole = msgspec.defstruct(f"{shape.__name__}Event", [("data", data)])
     return _Kind(table, shape, columns_of, msgspec.json.Decoder(whole).decode)
@@ -467,11 +512,89 @@ def _row(kind: _Kind, event: Event, shaped: Any, received: datetime) -> Row:
         cast(str, event.object_id),
         event.account,
         event.livemode,
-        kind.columns_of(shaped, event),
+        kind.columns_of(shaped, event.created if _ends(event) else None),
         event.id,
         received,
         _rank(kind, event, shaped),
     )
+
+
+# ── Reads ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+#: Where Stripe's API has the objects of the four tables, by the type of object.
+PATHS = {
+    "customer": "/v1/customers",
+    "subscription": "/v1/subscriptions",
+    "invoice": "/v1/invoices",
+    "payment_method": "/v1/payment_methods",
+}
+
+
+def table_of_type(object_type: str | None) -> str | None:
+    """The billing table of a type of object (`customer`, …), or None where there is none."""
+    kind = _KINDS.get(object_type or "")
+    return kind.table if kind else None
+
+
+def row_of_read(read: Read) -> Row | None:
+    """The row as a read tells it, or None where it has none to tell.
+
+    That is so for objects without a table, and for a bare 404: it may as well mean that the key is of another account,
+    so it ends nothing unless an event has said that the object's life is over. Raises ProjectionError when the object
+    cannot be read, or has a field of a type Stripe does not document.
+    """
+    kind = _KINDS.get(read.object_type)
+    if kind is None:
+        return None
+    try:
+        value = decode(read.body) if read.body else {}
+        if not read.body or value.get("deleted") is True:
+            return _row_of_gone(kind, read)
+        shaped = _converted(kind, _without_nul(value))
+    except _UNREADABLE:
+        raise ProjectionError(_CANNOT_BE_READ) from None
+    # Of what is still there, only a payment method's life can be over: without its customer, for good.
+    ended = read.ended if kind.table == "payment_methods" and not kind.columns_of(shaped, None)[0] else None
+    step, attempts = _progress(kind, shaped)
+    terminal = ended is not None or getattr(shaped, "status", None) in _FINAL_STATUSES
+    rank = terminal * _TERMINAL | (read.second - 1) << 14 | step << 12 | _READ << 10 | attempts << 1 | 1
+    return _row_as_read(kind, read, kind.columns_of(shaped, ended), rank)
+
+
+def _row_of_gone(kind: _Kind, read: Read) -> Row | None:
+    if kind.table == "subscriptions" or (read.ended is None and not read.body):
+        return None
+    # Like an event that only says "gone", of the second in which it went. Where no event has told which that was, below
+    # every event that does.
+    rank = _TERMINAL | (read.ended or 0) << 14 | 2 << 10
+    ended = read.ended if read.ended is not None else read.second
+    return _row_as_read(kind, read, kind.columns_of(kind.shape(), ended), rank)
+
+
+def _row_as_read(kind: _Kind, read: Read, values: tuple[Any, ...], rank: int) -> Row:
+    return Row(kind.table, *read.key, values, read.source, read.received, rank)
+
+
+def rank_of_read(read: Read) -> int:
+    """Where a read stands among the reads of its object, and among the events where it has a row."""
+    try:
+        row = row_of_read(read)
+    except ProjectionError:
+        row = None
+    return row.rank if row else (read.second - 1) << 14 | _READ << 10
+
+
+def ends(event: Event) -> bool:
+    """Whether this event, thin or not, says that its object's life is over in a way the object itself may not show."""
+    return event.type.removeprefix("v1.") in _LAST_TYPES
+
+
+def completed(row: Row, known: Row) -> Row:
+    """A stub's row, with what was last known of the object."""
+    values = [*known.values[:-1], row.values[-1]]
+    if row.table == "payment_methods":
+        values[0] = None  # it is no longer its customer's
+    return replace(row, values=tuple(values), evidence=known.evidence)
 
 
 # What reading raises for text that is no UTF-8 (nobody looked inside the strings before), and for an object
@@ -531,7 +654,8 @@ def _json(value: dict[str, Any] | None) -> str:
     return _encode(value).decode() if value else "{}"
 
 
-def _id(value: Any) -> str | None:
+def reference(value: Any) -> str | None:
+    """An id, whether Stripe gives it or the whole object; None for anything else."""
     if isinstance(value, dict):
         value = value.get("id")
     return value if isinstance(value, str) and value else None
@@ -557,8 +681,16 @@ _LAST_TYPES = frozenset(
 _TERMINAL = 1 << 56
 
 
-def _is_stub(table: str, rank: int) -> bool:
-    return table == "customers" and bool(rank & _TERMINAL) and not rank & 1
+# The stage of a read: above every event's.
+_READ = 3
+
+
+def _is_stub(rank: int) -> bool:
+    return bool(rank & _TERMINAL) and not rank & 1
+
+
+def _is_read(rank: int) -> bool:
+    return rank >> 10 & 3 == _READ
 
 
 def _ends(event: Event) -> bool:
@@ -566,17 +698,19 @@ def _ends(event: Event) -> bool:
 
 
 def _rank(kind: _Kind, event: Event, shaped: Any) -> int:
-    status = getattr(shaped, "status", None)
-    terminal = _ends(event) or status in _FINAL_STATUSES
-    step, attempts = 0, 0
-    if kind.table == "invoices":
-        step = _INVOICE_STEPS.get(status or "", 1)
-        attempts = min(max(shaped.attempt_count or 0, 0), 255)
-    elif kind.table == "subscriptions":
-        step = _SUBSCRIPTION_STEPS.get(status or "", 1)
+    terminal = _ends(event) or getattr(shaped, "status", None) in _FINAL_STATUSES
+    step, attempts = _progress(kind, shaped)
     stage = 2 if _ends(event) else 0 if begins(event) else 1
     whole = not (kind.table == "customers" and _ends(event) and shaped.created is None)
     return terminal * _TERMINAL | event.created << 14 | step << 12 | stage << 10 | attempts << 1 | whole
+
+
+def _progress(kind: _Kind, shaped: Any) -> tuple[int, int]:
+    """How far along the object is within one second, and how often its payment was tried."""
+    status = getattr(shaped, "status", None) or ""
+    if kind.table == "invoices":
+        return _INVOICE_STEPS.get(status, 1), min(max(shaped.attempt_count or 0, 0), 255)
+    return (_SUBSCRIPTION_STEPS.get(status, 1), 0) if kind.table == "subscriptions" else (0, 0)
 
 
 # ── Writing ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -608,13 +742,67 @@ async def write(db: Connection, rows: Sequence[Row], *, force: bool = False) -> 
     return before
 
 
-async def kept_customer(db: Connection, key: _Key) -> Row | None:
-    """The row of a customer as it stands; None where there is none."""
-    found = await db.fetchrow(_SQL["kept_customer"], *key)
+async def kept(db: Connection, place: Place) -> Row | None:
+    """A row as it stands, of a table whose objects can be gone; None where there is none."""
+    table, key = place
+    found = await db.fetchrow(_SQL[f"kept_{table}"], *key)
     if found is None:
         return None
     *values, event_id, received, rank, evidence = found
-    return Row("customers", *key, tuple(values), event_id, received, rank, evidence)
+    return Row(table, *key, tuple(values), event_id, received, rank, evidence)
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A read as it is kept. `asked_to`: Stripe was asked again until this second, and had nothing newer to say."""
+
+    read: Read
+    asked_to: int
+
+
+async def reads_of(db: Connection, keys: Iterable[_Key]) -> dict[_Key, list[Stored]]:
+    """What is kept of these objects: the latest read that showed each, the latest that found it gone, or both."""
+    columns = [list(column) for column in zip(*keys, strict=True)] or [[], [], []]
+    found: dict[_Key, list[Stored]] = {}
+    for row in await db.fetch(_SQL["reads_of"], *columns):
+        stored = _stored(row)
+        found.setdefault(stored.read.key, []).append(stored)
+    return found
+
+
+async def reads_after(db: Connection, after: tuple[str, str, bool, bool] | None, limit: int) -> list[Read]:
+    """Up to `limit` reads after the one of this id, account, livemode and gone, in that order."""
+    return [_stored(row).read for row in await db.fetch(_SQL["reads_after"], *(after or ("", "", False, False)), limit)]
+
+
+async def keep_reads(db: Connection, reads: Sequence[Read]) -> list[Read]:
+    """Store what Stripe said, in the caller's transaction; return the reads as they are stored.
+
+    The latest is kept, unless an older one ranks higher: a final state is never left. That a life has ended, where an
+    event once said so, is remembered.
+    """
+    known = await reads_of(db, {read.key for read in reads})
+    best: dict[tuple[_Key, bool], Read] = {}
+    for read in reads:
+        told = [one.read.ended for one in known.get(read.key, ())]
+        read = replace(read, ended=read.ended or next((at for at in told if at is not None), None))
+        other = best.get((read.key, read.gone))
+        if other is None or rank_of_read(other) < rank_of_read(read):
+            best[read.key, read.gone] = read
+    rows = [
+        (*read.key, read.gone, read.object_type, read.second, read.ended, rank_of_read(read), read.source, read.body)
+        for read in best.values()
+    ]
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    return [_stored(row).read for row in await db.fetch(_SQL["keep_reads"], *columns)] if rows else []
+
+
+def _stored(row: asyncpg.Record) -> Stored:
+    read = Read(
+        *(row["object_type"], row["object_id"], row["account"], row["livemode"], row["body"], row["stripe_second"]),
+        *(row["source"], row["ended"], row["read_at"]),
+    )
+    return Stored(read, row["asked_to"])
 
 
 def composite(row: Row) -> tuple[Any, ...]:

@@ -144,12 +144,67 @@ WITH incoming AS (
 )
 SELECT id, account, livemode, last_event_rank, last_webhook_event_id FROM standing;
 
--- name: kept_customer
+-- name: kept_customers
 -- A customer as they stand, in the units of billing.customers_row.
 SELECT email, name, phone, description, currency, balance, delinquent, default_payment_method, metadata::text,
        extract(epoch FROM created)::bigint, extract(epoch FROM deleted_at)::bigint,
        last_webhook_event_id, last_webhook_updated_at, last_event_rank, order_evidence
 FROM billing.customers WHERE id = $1 AND account = $2 AND livemode = $3;
+
+-- name: kept_invoices
+-- An invoice as it stands, in the units of billing.invoices_row.
+SELECT customer, subscription, number, status, currency, amount_due, amount_paid, amount_remaining, subtotal, total,
+       attempt_count, billing_reason, collection_method, extract(epoch FROM due_date)::bigint,
+       extract(epoch FROM period_start)::bigint, extract(epoch FROM period_end)::bigint,
+       extract(epoch FROM paid_at)::bigint, hosted_invoice_url, invoice_pdf, metadata::text,
+       extract(epoch FROM created)::bigint, extract(epoch FROM deleted_at)::bigint,
+       last_webhook_event_id, last_webhook_updated_at, last_event_rank, order_evidence
+FROM billing.invoices WHERE id = $1 AND account = $2 AND livemode = $3;
+
+-- name: kept_payment_methods
+-- A payment method as it stands, in the units of billing.payment_methods_row.
+SELECT customer, type, brand, last4, exp_month, exp_year, funding, country, fingerprint, metadata::text,
+       extract(epoch FROM created)::bigint, extract(epoch FROM detached_at)::bigint,
+       last_webhook_event_id, last_webhook_updated_at, last_event_rank, order_evidence
+FROM billing.payment_methods WHERE id = $1 AND account = $2 AND livemode = $3;
+
+-- name: reads_of
+-- What is kept of these objects: one read that showed it and one that found it gone, at most.
+SELECT r.object_type, r.object_id, r.account, r.livemode, r.body, extract(epoch FROM r.stripe_second)::bigint AS stripe_second,
+       extract(epoch FROM r.asked_to)::bigint AS asked_to, r.source, extract(epoch FROM r.ended)::bigint AS ended, r.read_at
+FROM unnest($1::text[], $2::text[], $3::boolean[]) AS asked (object_id, account, livemode)
+JOIN webhook_reads AS r USING (object_id, account, livemode)
+ORDER BY r.stripe_second;
+
+-- name: reads_after
+-- Every read in the order of its key, for rebuilding the tables.
+SELECT object_type, object_id, account, livemode, body, extract(epoch FROM stripe_second)::bigint AS stripe_second,
+       extract(epoch FROM asked_to)::bigint AS asked_to, source, extract(epoch FROM ended)::bigint AS ended, read_at
+FROM webhook_reads WHERE (object_id, account, livemode, gone) > ($1, $2, $3, $4)
+ORDER BY object_id, account, livemode, gone LIMIT $5;
+
+-- name: keep_reads
+-- Keeps what ranks higher, and remembers in either case until when Stripe was asked. Returns the rows as they are kept.
+INSERT INTO webhook_reads AS r (
+    object_id, account, livemode, gone, object_type, stripe_second, asked_to, ended, rank, source, body, read_at
+)
+SELECT object_id, account, livemode, gone, object_type, to_timestamp(second), to_timestamp(second),
+       to_timestamp(ended), rank, source, body, clock_timestamp()
+FROM unnest($1::text[], $2::text[], $3::boolean[], $4::boolean[], $5::text[], $6::bigint[], $7::bigint[], $8::bigint[],
+            $9::text[], $10::bytea[])
+    AS d (object_id, account, livemode, gone, object_type, second, ended, rank, source, body)
+-- Everyone locks rows in the same order, so that two writers cannot wait for each other.
+ORDER BY object_id, account, livemode, gone
+ON CONFLICT (object_id, account, livemode, gone) DO UPDATE SET
+    asked_to = greatest(r.asked_to, excluded.asked_to),
+    stripe_second = CASE WHEN excluded.rank > r.rank THEN excluded.stripe_second ELSE r.stripe_second END,
+    ended = CASE WHEN excluded.rank > r.rank THEN excluded.ended ELSE r.ended END,
+    source = CASE WHEN excluded.rank > r.rank THEN excluded.source ELSE r.source END,
+    body = CASE WHEN excluded.rank > r.rank THEN excluded.body ELSE r.body END,
+    read_at = CASE WHEN excluded.rank > r.rank THEN excluded.read_at ELSE r.read_at END,
+    rank = greatest(excluded.rank, r.rank)
+RETURNING object_type, object_id, account, livemode, body, extract(epoch FROM stripe_second)::bigint AS stripe_second,
+          extract(epoch FROM asked_to)::bigint AS asked_to, source, extract(epoch FROM ended)::bigint AS ended, read_at;
 
 -- name: hold_tables
 -- Other writers wait until the rebuild commits; readers do not, and neither do deliveries: they are told by the lock
@@ -160,27 +215,42 @@ SELECT pg_advisory_xact_lock(118038671810930);
 LOCK TABLE billing.customers, billing.subscriptions, billing.invoices, billing.payment_methods IN EXCLUSIVE MODE;
 
 -- name: forget_customers
--- The rows that can be made again: their last event is still here, with its body. Not those that a stub made (its
--- rank is terminal, and even): what it kept may be from events that are gone. Where they are not, it is merged anew.
+-- The rows that can be made again: their last event is still here, with its body, or the read that made them is kept
+-- (its rank has stage 3). Not those that a stub made (its rank is terminal, and even): what it kept may be from events
+-- that are gone. Where they are not, it is merged anew.
 DELETE FROM billing.customers AS b USING webhook_events AS e
-WHERE e.event_id = b.last_webhook_event_id
+WHERE e.event_id = b.last_webhook_event_id AND b.last_event_rank >> 10 & 3 <> 3
   AND NOT (b.last_event_rank >= (1::bigint << 56) AND b.last_event_rank & 1 = 0)
   AND EXISTS (SELECT FROM webhook_payloads AS p WHERE p.seq = e.seq AND p.created_at = e.created_at);
+DELETE FROM billing.customers AS b USING webhook_reads AS r
+WHERE r.object_id = b.id AND r.account = b.account AND r.livemode = b.livemode
+  AND r.rank = b.last_event_rank AND b.last_event_rank >> 10 & 3 = 3;
 
 -- name: forget_subscriptions
--- The rows that can be made again: their last event is still here, with its body.
+-- The rows that can be made again: see customers.
 DELETE FROM billing.subscriptions AS b USING webhook_events AS e
-WHERE e.event_id = b.last_webhook_event_id
+WHERE e.event_id = b.last_webhook_event_id AND b.last_event_rank >> 10 & 3 <> 3
   AND EXISTS (SELECT FROM webhook_payloads AS p WHERE p.seq = e.seq AND p.created_at = e.created_at);
+DELETE FROM billing.subscriptions AS b USING webhook_reads AS r
+WHERE r.object_id = b.id AND r.account = b.account AND r.livemode = b.livemode
+  AND r.rank = b.last_event_rank AND b.last_event_rank >> 10 & 3 = 3;
 
 -- name: forget_invoices
--- The rows that can be made again: their last event is still here, with its body.
+-- The rows that can be made again: see customers.
 DELETE FROM billing.invoices AS b USING webhook_events AS e
-WHERE e.event_id = b.last_webhook_event_id
+WHERE e.event_id = b.last_webhook_event_id AND b.last_event_rank >> 10 & 3 <> 3
+  AND NOT (b.last_event_rank >= (1::bigint << 56) AND b.last_event_rank & 1 = 0)
   AND EXISTS (SELECT FROM webhook_payloads AS p WHERE p.seq = e.seq AND p.created_at = e.created_at);
+DELETE FROM billing.invoices AS b USING webhook_reads AS r
+WHERE r.object_id = b.id AND r.account = b.account AND r.livemode = b.livemode
+  AND r.rank = b.last_event_rank AND b.last_event_rank >> 10 & 3 = 3;
 
 -- name: forget_payment_methods
--- The rows that can be made again: their last event is still here, with its body.
+-- The rows that can be made again: see customers.
 DELETE FROM billing.payment_methods AS b USING webhook_events AS e
-WHERE e.event_id = b.last_webhook_event_id
+WHERE e.event_id = b.last_webhook_event_id AND b.last_event_rank >> 10 & 3 <> 3
+  AND NOT (b.last_event_rank >= (1::bigint << 56) AND b.last_event_rank & 1 = 0)
   AND EXISTS (SELECT FROM webhook_payloads AS p WHERE p.seq = e.seq AND p.created_at = e.created_at);
+DELETE FROM billing.payment_methods AS b USING webhook_reads AS r
+WHERE r.object_id = b.id AND r.account = b.account AND r.livemode = b.livemode
+  AND r.rank = b.last_event_rank AND b.last_event_rank >> 10 & 3 = 3;

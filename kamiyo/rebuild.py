@@ -1,10 +1,11 @@
-"""The billing tables again, from the event table alone.
+"""The billing tables again, from what is stored alone: the events, and what Stripe's API said.
 
-What the tables say is a function of the stored events, so they can be thrown away and made anew: after a fault in a
+What the tables say is a function of the two, so they can be thrown away and made anew: after a fault in a
 projection was mended, or to prove that they are true. Rows whose last event is past its retention are kept as they
 are, for nothing else remembers them.
 """
 
+import contextlib
 from collections.abc import Callable
 from datetime import datetime
 
@@ -51,4 +52,18 @@ async def rebuild(
             _, at, seq = chunk[-1]
             done += len(chunk)
             progress(done)
+        await _read_again(db)
     return done
+
+
+async def _read_again(db: Connection) -> None:
+    last: tuple[str, str, bool, bool] | None = None
+    while chunk := await projections.reads_after(db, last, inbox.CHUNK):
+        rows = []
+        for read in chunk:
+            with contextlib.suppress(ProjectionError):  # it could not be applied the first time either
+                row = projections.row_of_read(read)
+                if row is not None:
+                    rows.append(row)
+        await ties.project_rows(db, rows)
+        last = (*chunk[-1].key, chunk[-1].gone)

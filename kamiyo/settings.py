@@ -199,6 +199,19 @@ class Settings(BaseSettings):
         le=600,
     )
     metrics: bool = _setting("KAMIYO_METRICS", True, "Answer /metrics for Prometheus; off: 404.")
+    traces: bool = _setting(
+        "KAMIYO_TRACES",
+        False,
+        "Record each event's way as an OpenTelemetry trace; needs kamiyo-webhooks[otel]. Where to and how many is said "
+        "by OpenTelemetry's own variables: OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_TRACES_SAMPLER, OTEL_SERVICE_NAME, …",
+    )
+    trace_url: str = _setting(
+        "KAMIYO_TRACE_URL",
+        "",
+        "Where a trace can be looked at, for the links on the dashboard; {trace_id} stands for its id: "
+        "https://jaeger.example.com/trace/{trace_id}",
+        pattern=r"^(https?://\S*\{trace_id\}\S*)?$",
+    )
     alert_urls: SecretStr = _setting(
         "ALERT_URLS",
         SecretStr(""),

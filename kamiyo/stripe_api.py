@@ -6,8 +6,12 @@ longer each time, and whoever asked waits or comes again later.
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from importlib import import_module
+from math import floor
 from typing import Any
 
 from kamiyo.database import Pool, load_queries
@@ -50,6 +54,18 @@ class StripeUnavailable(StripeError):
         self.after = after
 
 
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What Stripe answered: a JSON object, its bytes as received, and how old it can be.
+
+    The request began in `second` (unix, by Stripe's clock) or later: what happened before that second is in the answer.
+    """
+
+    value: dict[str, Any]
+    body: bytes
+    second: int
+
+
 class StripeApi:
     """Reads from Stripe with the key of the settings. Raises StripeKeyMissing when there is none."""
 
@@ -77,8 +93,8 @@ class StripeApi:
 
     async def read(
         self, path: str, params: Mapping[str, Any] | None = None, *, account: str = "", patience: float = 60.0
-    ) -> dict[str, Any]:
-        """GET `path` (`/v1/…`) with `params`, and return its JSON object.
+    ) -> Reply:
+        """GET `path` (`/v1/…`) with `params`; its JSON object.
 
         Waits for the budget and for Stripe, up to `patience` seconds; then raises StripeUnavailable. Raises StripeGone
         for a 404 and StripeRefused for anything else that asking again cannot mend.
@@ -99,20 +115,41 @@ class StripeApi:
 
         Stripe keeps events for 30 days.
         """
-        after: dict[str, str] = {}
-        while True:
-            created = {"gte": created_from, "lte": created_to}
-            page = await self.read("/v1/events", {"limit": PAGE, "created": created, **after})
-            events: list[dict[str, Any]] = page["data"]
-            more = bool(page["has_more"]) and bool(events)
-            yield events, not more
-            if not more:
+        created = {"gte": created_from, "lte": created_to}
+        async for page, last in self.pages("/v1/events", {"created": created}):
+            yield page.value["data"], last
+            if last:
                 return
-            after = {"starting_after": events[-1]["id"]}
 
-    async def _get(self, path: str, account: str, params: Mapping[str, Any]) -> dict[str, Any]:
+    async def pages(
+        self,
+        path: str,
+        params: Mapping[str, Any] | None = None,
+        *,
+        account: str = "",
+        after: str = "",
+        patience: float = 60.0,
+    ) -> AsyncIterator[tuple[Reply, bool]]:
+        """The pages of a list (`/v1/customers`), from behind the object `after`; and whether each is the last.
+
+        Every page is a reply of its own: what it shows is as old as that page. Raises what `read` raises.
+        """
+        behind = {"starting_after": after} if after else {}
+        while True:
+            page = await self.read(
+                path, {"limit": PAGE, **(params or {}), **behind}, account=account, patience=patience
+            )
+            objects = page.value["data"]
+            last = not page.value["has_more"] or not objects
+            yield page, last
+            if last:
+                return
+            behind = {"starting_after": objects[-1]["id"]}
+
+    async def _get(self, path: str, account: str, params: Mapping[str, Any]) -> Reply:
         options = {"stripe_account": account} if account else {}
         stripe = self._stripe
+        began = time.monotonic()
         try:
             reply = await self._client.raw_request_async("get", path, **params, **options)
         except stripe.RateLimitError as error:
@@ -126,11 +163,12 @@ class StripeApi:
             raise StripeRefused(f"Stripe refuses GET {path}: {error.code or error.http_status}") from None
         except (stripe.APIConnectionError, stripe.APIError) as error:
             raise StripeUnavailable(f"Stripe is away: {type(error).__name__}") from error
+        took = time.monotonic() - began
         await self._note("answered")
         value = json.loads(reply.body)
         if not isinstance(value, dict):
             raise StripeRefused(f"Stripe answered GET {path} with something that is no object")
-        return value
+        return Reply(value, reply.body.encode(), _began(reply.headers, took))
 
     async def _wait_for_budget(self) -> None:
         while True:
@@ -147,6 +185,19 @@ class StripeApi:
     async def _note(self, query: str, *parameters: float) -> None:
         async with self._pool.acquire(timeout=10) as db:
             await db.execute(_SQL[query], *parameters)
+
+
+def _began(headers: Mapping[str, str], took: float) -> int:
+    """A second of Stripe's clock in which, or after which, a request began: its answer shows nothing older.
+
+    `Date` is that clock when Stripe answered, in whole seconds (RFC 9110, 6.6.1). What the answer shows was looked up
+    at some moment before that, and after the request began.
+    """
+    try:
+        answered = parsedate_to_datetime(headers.get("Date") or headers.get("date") or "").timestamp()
+    except (TypeError, ValueError):
+        answered = floor(time.time())  # something between here and Stripe has taken it away
+    return floor(answered - took)
 
 
 def _retry_after(error: Any) -> float:

@@ -22,14 +22,14 @@ import contextlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from kamiyo import inbox, projections
 from kamiyo.database import Connection
 from kamiyo.event import Event
-from kamiyo.projections import ProjectionError, Row, Standing
+from kamiyo.projections import ProjectionError, Row, Standing, Stored
 from kamiyo.telemetry import happened
 
 # Pairs are compared; a second with more events of one object than this is left to Stripe to explain.
@@ -51,9 +51,14 @@ async def project(db: Connection, told: Sequence[tuple[Event, Row]]) -> set[str]
     Returns the ids of the events whose object has moved on already: a newer state is applied. The caller holds the
     lanes of all these objects, and owns the transaction.
     """
-    before = await projections.write(db, projections.highest(row for _, row in told if not row.is_stub))
+    return await project_rows(db, [row for _, row in told])
+
+
+async def project_rows(db: Connection, rows: Sequence[Row]) -> set[str]:
+    """The same for rows of whatever origin: events, or reads from Stripe's API."""
+    before = await projections.write(db, projections.highest(row for row in rows if not row.is_stub))
     groups: dict[projections.Place, list[Row]] = defaultdict(list)
-    for _, row in told:
+    for row in rows:
         groups[row.place].append(row)
     superseded: set[str] = set()
     for place, group in groups.items():
@@ -77,9 +82,12 @@ async def _settle_object(db: Connection, group: Sequence[Row], standing: Standin
 
 
 def _is_contested(group: Sequence[Row], standing: Standing | None, top: int) -> bool:
-    rivals = {row.event_id for row in group if row.rank == top}
     if standing is None or standing.rank < top:
+        rivals = {row.event_id for row in group if row.rank == top and not row.is_read}
         return len(rivals) > 1
+    if standing.is_read:
+        return False  # Stripe itself has said what all events of that second came to
+    rivals = {row.event_id for row in group if row.rank == top}
     # An event of lower rank that comes late decides nothing itself. But in the same second it is evidence, and
     # what the others come to must not depend on whether it came before them.
     second = projections.second_of(top)
@@ -118,27 +126,37 @@ async def _settle(db: Connection, group: Sequence[Row], standing: Standing | Non
 
 
 async def _merge_stub(db: Connection, group: Sequence[Row]) -> Row | None:
-    """A deletion that only says "gone": keep what was last known of the customer, and since when they are."""
+    """A deletion that only says "gone": keep what was last known of the object, and since when it was."""
     sample = group[0]
     seen = _observations(await inbox.of_object(db, *sample.key), sample.table)
-    stubs = projections.highest(row for row in (*group, *(one.row for one in seen)) if row.is_stub)
+    stored = await projections.reads_of(db, [sample.key])
+    read = [row for row in map(_row_of, stored.get(sample.key, ())) if row is not None and row.table == sample.table]
+    stubs = projections.highest(row for row in (*group, *(one.row for one in seen), *read) if row.is_stub)
     if not stubs:
         return None  # retention took its body; the row it made stands, and nothing comes after it
     [latest] = stubs
     whole = [one for one in seen if not one.row.is_stub]
     second = projections.second_of(max((one.row.rank for one in whole), default=0))
     known = decide([one for one in whole if projections.second_of(one.row.rank) == second]) if whole else None
-    kept = await projections.kept_customer(db, sample.key)
+    for row in read:
+        if not row.is_stub and (known is None or known.rank < row.rank):
+            known = row
+    kept = await projections.kept(db, sample.place)
     if kept is not None and (known is None or (known.rank < kept.rank and not kept.is_stub)):
         # Retention took the bodies that would tell it; the row itself still remembers.
         known = kept
     if known is not None and known.rank > latest.rank:
         latest = known
     elif known is not None:
-        values = (*known.values[:-1], latest.values[-1])
-        latest = replace(latest, values=values, evidence=known.evidence)
+        latest = projections.completed(latest, known)
     await projections.write(db, [latest], force=True)
     return latest
+
+
+def _row_of(stored: Stored) -> Row | None:
+    with contextlib.suppress(ProjectionError):
+        return projections.row_of_read(stored.read)
+    return None  # it could not be applied either
 
 
 def decide(observations: Sequence[Observation]) -> Row:

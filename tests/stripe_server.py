@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from email.utils import formatdate
 from typing import Any
 
 import uvicorn
@@ -15,22 +17,57 @@ from starlette.routing import Route
 
 KEY = "sk_test_of_the_tests"
 
+#: A fault: the request is answered by nothing at all until the caller gives up.
+HANGS = 0
+
+_Call = Callable[[Request], Awaitable[Response]]
+
+_COLLECTIONS = {
+    "customers": "customer",
+    "subscriptions": "subscription",
+    "invoices": "invoice",
+    "payment_methods": "payment_method",
+}
+
 
 @dataclass
 class StripeServer:
-    """Stripe's state: `events` and webhook `endpoints` as the API lists them; `faults` that the next answers have."""
+    """Stripe's state, and how it feels.
+
+    `events` (newest first) and webhook `endpoints` are as the API lists them; objects are put in with `show`. `faults`
+    are what goes wrong with the next answers, one each: a status (429, 500…) or HANGS. `retry_after` goes with a 429.
+    Every answer takes `slow` seconds. What begins with a path in `forbidden` is answered 403. Stripe's clock (`Date`)
+    is `ahead` seconds before this machine's. `asked` are the queries, `paths` the paths, `asked_at` the moments (of
+    time.monotonic) of all requests so far, and `accounts` whose the requests were about.
+    """
 
     events: list[dict[str, Any]] = field(default_factory=list)
     endpoints: list[dict[str, Any]] = field(default_factory=list)
+    objects: dict[tuple[str, str, str], dict[str, Any]] = field(default_factory=dict)
     faults: list[int] = field(default_factory=list)
+    forbidden: set[str] = field(default_factory=set)
+    retry_after: str = "0"
+    slow: float = 0.0
+    ahead: float = 0.0
     asked: list[str] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
+    asked_at: list[float] = field(default_factory=list)
+    accounts: list[str] = field(default_factory=list)
     base: str = ""
+
+    def show(self, *objects: Mapping[str, Any], account: str = "") -> None:
+        """Have these objects from now on, each under its `object` and `id`: as they are, `{"deleted": true}` too."""
+        for one in objects:
+            key = (account, one["object"], one["id"])
+            self.objects.pop(key, None)  # lists are newest first, and a changed object keeps nobody's place
+            self.objects[key] = dict(one)
+
+    def forget(self, object_type: str, object_id: str, account: str = "") -> None:
+        """Have no such object any more: it is answered 404."""
+        self.objects.pop((account, object_type, object_id), None)
 
     async def list_events(self, request: Request) -> Response:
         """`GET /v1/events`, newest first, with `created[gte]`, `created[lte]`, `limit` and `starting_after`."""
-        refusal = self._refusal(request)
-        if refusal is not None:
-            return refusal
         query = request.query_params
         within = [
             event
@@ -41,16 +78,65 @@ class StripeServer:
 
     async def list_endpoints(self, request: Request) -> Response:
         """`GET /v1/webhook_endpoints`, with `limit` and `starting_after`."""
-        return self._refusal(request) or self._page(request, self.endpoints)
+        return self._page(request, self.endpoints)
+
+    async def list_objects(self, request: Request) -> Response:
+        """`GET /v1/customers` and the like, newest first; with `customer`, `type` and, for subscriptions, `status`.
+
+        As at Stripe, deleted customers are not listed, and canceled subscriptions only with `status=all`.
+        """
+        query, object_type = request.query_params, _COLLECTIONS.get(request.path_params["collection"])
+        if object_type is None:
+            return _missing()
+        found = [
+            one
+            for (account, kind, _), one in reversed(self.objects.items())
+            if (account, kind) == (_account(request), object_type)
+            and not one.get("deleted")
+            and (object_type != "subscription" or query.get("status") == "all" or one.get("status") != "canceled")
+            and all(one.get(name) == query[name] for name in ("customer", "type") if name in query)
+        ]
+        return self._page(request, found)
+
+    async def read_object(self, request: Request) -> Response:
+        """`GET /v1/customers/{id}` and the like; anything else that was shown as well, by its plural."""
+        collection = request.path_params["collection"]
+        object_type = _COLLECTIONS.get(collection, collection.removesuffix("s"))
+        one = self.objects.get((_account(request), object_type, request.path_params["id"]))
+        return JSONResponse(one) if one is not None else _missing()
+
+    async def nothing(self, request: Request) -> Response:
+        """Any other path: 404, with Stripe's time."""
+        return _missing()
+
+    async def answer(self, request: Request, call: _Call) -> Response:
+        """One request: refused, or delayed, or answered by `call`; at Stripe's time."""
+        self.asked.append(str(request.url.query))
+        self.paths.append(request.url.path)
+        self.asked_at.append(time.monotonic())
+        self.accounts.append(_account(request))
+        said = self._refusal(request)
+        if said is None:
+            # What is shown is looked up first: an answer that takes long is old when it comes.
+            said = await call(request)
+        if self.slow:
+            await asyncio.sleep(self.slow)
+        said.headers["Date"] = formatdate(time.time() + self.ahead, usegmt=True)
+        return said
 
     def _refusal(self, request: Request) -> Response | None:
-        self.asked.append(str(request.url.query))
         if request.headers.get("authorization") != f"Bearer {KEY}":
-            return JSONResponse({"error": {"type": "invalid_request_error", "message": f"Invalid key {KEY}"}}, 401)
+            return _error(401, "invalid_request_error", f"Invalid key {KEY}")
+        if request.url.path.startswith(tuple(self.forbidden)):
+            return _error(403, "invalid_request_error", f"The key {KEY} may not do that")
         if self.faults:
             status = self.faults.pop(0)
-            headers = {"Retry-After": "0"} if status == 429 else None
-            return JSONResponse({"error": {"type": "api_error", "message": "a fault"}}, status, headers)
+            if status == HANGS:
+                return _Silence()
+            said = _error(status, "api_error", "a fault")
+            if status == 429:
+                said.headers["Retry-After"] = self.retry_after
+            return said
         return None
 
     @staticmethod
@@ -58,9 +144,36 @@ class StripeServer:
         query = request.query_params
         ids = [one["id"] for one in objects]
         begin = ids.index(query["starting_after"]) + 1 if "starting_after" in query else 0
-        page = objects[begin : begin + int(query["limit"])]
+        page = objects[begin : begin + int(query.get("limit", 10))]
         more = begin + len(page) < len(objects)
         return JSONResponse({"object": "list", "url": request.url.path, "data": page, "has_more": more})
+
+
+class _Silence(Response):
+    """No answer: the connection stays open until the caller hangs up."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+
+def _account(request: Request) -> str:
+    return request.headers.get("stripe-account", "")
+
+
+def _error(status: int, kind: str, message: str, **more: str) -> Response:
+    return JSONResponse({"error": {"type": kind, "message": message, **more}}, status)
+
+
+def _missing() -> Response:
+    return _error(404, "invalid_request_error", "No such object", code="resource_missing")
+
+
+def _route(stripe: StripeServer, path: str, call: _Call, methods: tuple[str, ...] = ("GET",)) -> Route:
+    async def answer(request: Request) -> Response:
+        return await stripe.answer(request, call)
+
+    return Route(path, answer, methods=methods)
 
 
 @contextlib.asynccontextmanager
@@ -69,13 +182,17 @@ async def stripe_server() -> AsyncIterator[StripeServer]:
     stripe = StripeServer()
     app = Starlette(
         routes=[
-            Route("/v1/events", stripe.list_events),
-            Route("/v1/webhook_endpoints", stripe.list_endpoints),
+            _route(stripe, "/v1/events", stripe.list_events),
+            _route(stripe, "/v1/webhook_endpoints", stripe.list_endpoints),
+            _route(stripe, "/v1/{collection}", stripe.list_objects),
+            _route(stripe, "/{version:str}/{collection}/{id}", stripe.read_object),
+            _route(stripe, "/{path:path}", stripe.nothing, methods=("GET", "HEAD")),
         ]
     )
     door = socket.create_server(("127.0.0.1", 0))
     stripe.base = f"http://127.0.0.1:{door.getsockname()[1]}"
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
+    config = uvicorn.Config(app, log_level="error", lifespan="off", date_header=False, timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
     # The socket listens already: whoever connects before uvicorn accepts just waits.
     running = asyncio.create_task(server.serve(sockets=[door]))
     try:
