@@ -15,7 +15,8 @@ Equal ranks that show different things are a tie: `previous_attributes` tell wha
 and where they form a trail with one end, that is the latest. Otherwise the row is marked `undecided`, and shows the
 same one of them whatever came first.
 
-A deletion may tell nothing but the id. It is noted, and the object stays as it was last shown.
+A deletion may tell nothing but the id. It is noted, and the object stays as it was last shown. Nothing is read from
+Stripe's API: what a thin event names is kept when a snapshot shows it.
 """
 
 import contextlib
@@ -95,11 +96,11 @@ async def project(db: Connection, states: Sequence[State], names: frozenset[str]
             await _settle(db, groups[key], standing, names)
 
 
-async def forget(db: Connection) -> None:
-    """Hold other writers off until the transaction ends, and clear the rows that can be made again."""
+async def forget(db: Connection, names: frozenset[str]) -> None:
+    """Hold other writers off until the transaction ends, and clear the rows that the events of `names` make again."""
     await db.execute(_SQL["lock"])
-    await db.execute(_SQL["forget"])
-    await db.execute(_SQL["reopen"])
+    await db.execute(_SQL["forget"], ALL in names, list(names))
+    await db.execute(_SQL["reopen"], ALL in names, list(names))
 
 
 def state_of(event: Event, received: datetime, row: Row | None) -> State | None:
@@ -127,7 +128,7 @@ def state_of(event: Event, received: datetime, row: Row | None) -> State | None:
         event_id=event.id,
         received=received,
         rank=0 if is_stub else rank,
-        deletion_rank=rank if ends else None,
+        deletion_rank=(rank if event.object_type in _REUSED else _FOR_GOOD) if ends else None,
     )
 
 
@@ -139,6 +140,8 @@ _STUB = {"id", "object", "deleted", "livemode"}
 _REUSED = frozenset({"coupon", "plan", "product"})
 
 _TERMINAL = 1 << 56
+# Above every rank: a canceled subscription may still be changed, and stays deleted.
+_FOR_GOOD = (1 << 63) - 1
 _LAST_SECOND = 253_402_300_799
 
 # What jsonb refuses: a NUL, and half of a surrogate pair.

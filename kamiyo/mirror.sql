@@ -52,14 +52,16 @@ UPDATE stripe_objects SET order_evidence = $5 WHERE id = $1 AND object = $2 AND 
 LOCK TABLE stripe_objects IN EXCLUSIVE MODE;
 
 -- name: forget
--- The rows that can be made again: their last event is still here, with its body. Not those whose deletion told nothing
--- but the id.
+-- The rows that will be made again: their last event is still here with its body, and `$2` names it, or `$1` is true.
+-- Not those whose deletion told nothing but the id.
 DELETE FROM stripe_objects AS b USING webhook_events AS e
 WHERE e.event_id = b.last_webhook_event_id AND coalesce(b.deletion_rank, 0) <= b.last_event_rank
+  AND ($1 OR b.object = ANY ($2::text[]) OR e.event_type = ANY ($2::text[]))
   AND EXISTS (SELECT FROM webhook_payloads AS p WHERE p.seq = e.seq AND p.created_at = e.created_at);
 
 -- name: reopen
 -- Of those the deletion stays, for its event may be gone; what they show is made again by whatever shows it.
 UPDATE stripe_objects AS b SET last_event_rank = -1 FROM webhook_events AS e
 WHERE e.event_id = b.last_webhook_event_id AND b.deletion_rank > b.last_event_rank
+  AND ($1 OR b.object = ANY ($2::text[]) OR e.event_type = ANY ($2::text[]))
   AND EXISTS (SELECT FROM webhook_payloads AS p WHERE p.seq = e.seq AND p.created_at = e.created_at);

@@ -33,7 +33,7 @@ async def rebuild(
         for table in TABLES:
             await db.execute(_SQL[f"forget_{table}"])
         if mirrored:
-            await mirror.forget(db)
+            await mirror.forget(db, mirrored)
         while chunk := await inbox.after(db, at, seq, inbox.CHUNK):
             told, shown = [], []
             for event, received, _ in chunk:

@@ -117,6 +117,14 @@ def test_each_setting_gets_its_verdict_and_what_is_wrong_gets_a_sentence_that_me
     assert bool(finding.mend) == (verdict is not pass_)
 
 
+def test_a_name_that_the_mirror_will_never_meet_is_told() -> None:
+    assert list(configuration.mirrored(settings_for(None))) == []
+    [kept] = configuration.mirrored(settings_for(None, KAMIYO_MIRROR="charge, charge.refunded,refund"))
+    assert (kept.verdict, kept.seen) == (pass_, "stripe_objects keeps charge, charge.refunded, refund")
+    [nonsense, typo] = configuration.mirrored(settings_for(None, KAMIYO_MIRROR="charges,refund,0"))
+    assert (nonsense.verdict, typo.verdict, typo.mend) == (warn, warn, "Did you mean charge?")
+
+
 @pytest.mark.parametrize(("mode", "verdict"), [(0o600, pass_), (0o640, warn), (0o644, warn)])
 def test_a_settings_file_that_others_can_read_is_told(tmp_path: Path, mode: int, verdict: Verdict) -> None:
     path = tmp_path / ".env"

@@ -23,7 +23,7 @@ from kamiyo.handlers import Registry
 from kamiyo.inbox import Outcome
 from kamiyo.mirror import ALL, State, state_of
 from kamiyo.receive import ready_to_project
-from kamiyo.simulator import API_VERSIONS, EVENT_TYPES, SimulatedEvent, World, deliveries, lifecycle, single
+from kamiyo.simulator import API_VERSIONS, EVENT_TYPES, OBJECTS, SimulatedEvent, World, deliveries, lifecycle, single
 from tests.conftest import MakeSettings, event_json, until
 from tests.turns import NOW, example, failures_of, put, read, row_of, work_off, worker_on
 
@@ -180,6 +180,7 @@ async def test_every_event_type_of_stripes_leaves_its_object(
 ) -> None:
     worker = await worker_on(database_url, settings(KAMIYO_MIRROR="all"))
     events = [single(event_type, seed=at, now=NOW)[-1] for at, event_type in enumerate(EVENT_TYPES)]
+    assert {event.object for event in events} == OBJECTS
     # Some things an account has only one of. Apart, they are all there.
     bodies = [read(event.body()) for event in events]
     await inbox.put(db, bodies)
@@ -318,6 +319,20 @@ async def test_a_deletion_is_final_but_for_what_can_be_made_again_under_its_id(d
     assert (tax_id["data"]["name"], tax_id["deleted"]) == ("one", True)
 
 
+async def test_what_is_still_changed_after_its_end_stays_deleted(db: Connection) -> None:
+    ended = example("subscription", id="sub_1", status="canceled", ended_at=NOW)
+    found = await in_every_order(
+        db,
+        [
+            event_json("evt_1", "customer.subscription.created", {**ended, "status": "active", "ended_at": None}),
+            event_json("evt_2", "customer.subscription.deleted", ended, created=NOW + 1),
+            event_json("evt_3", "customer.subscription.updated", {**ended, "metadata": {"a": "b"}}, created=NOW + 2),
+        ],
+    )
+    row = found["subscription", "sub_1"]
+    assert (row["data"]["metadata"], row["deleted"]) == ({"a": "b"}, True)
+
+
 # ── One second ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -372,6 +387,30 @@ async def test_a_tie_with_an_event_whose_body_is_gone_is_undecided(
     # Nor does a rebuild lose what only the row remembers.
     await rebuild.rebuild(db, mirrored=EVERY)
     assert (await objects(db))["charge", "ch_1"]["data"]["fee"] == 1
+
+
+async def test_a_rebuild_makes_what_is_named_now_and_throws_away_nothing_else(
+    db: Connection, database_url: str, settings: MakeSettings
+) -> None:
+    worker = await worker_on(database_url, settings(KAMIYO_MIRROR="charge, coupon, tax_id"))
+    gone = {"id": "txi_1", "object": "tax_id", "deleted": True}
+    await put(
+        *(db, charge("evt_1", "charge.succeeded"), charge("evt_2", "charge.updated", fee=2)),
+        event_json("evt_3", "refund.created", {"id": "re_1", "object": "refund"}),
+        event_json("evt_4", "coupon.created", {"id": "SUMMER", "object": "coupon"}),
+        event_json("evt_5", "customer.tax_id.deleted", gone),
+    )
+    await work_off(worker, db)
+    before = await objects(db)
+    assert set(before) == {("charge", "ch_1"), ("coupon", "SUMMER"), ("tax_id", "txi_1")}
+
+    await db.execute("UPDATE stripe_objects SET data = '{}' WHERE object <> 'tax_id'")
+    await rebuild.rebuild(db, mirrored=frozenset({"charge.updated", "refund"}))
+    after = await objects(db)
+    assert {name for name, _ in set(after) - set(before)} == {"refund"}
+    assert after["charge", "ch_1"]["data"]["fee"] == 2
+    assert after["coupon", "SUMMER"]["data"] == {}
+    assert after["tax_id", "txi_1"] == before["tax_id", "txi_1"]
 
 
 async def test_two_workers_that_write_one_object_at_once_do_not_overlook_the_tie(

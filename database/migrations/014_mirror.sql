@@ -42,7 +42,7 @@ CREATE TABLE IF NOT EXISTS stripe_objects (
     -- Where that event stands in the object's life; a lower rank never overwrites it. Zero: a deletion that told nothing
     -- but the id. How it is made up: kamiyo/mirror.py.
     last_event_rank       bigint      NOT NULL,
-    -- The rank of the deletion, where one was told.
+    -- Where a deletion was told: up to which rank it holds. The highest there is, where none can follow.
     deletion_rank         bigint,
     -- 'undecided': two events of one second show different things, and nothing in them tells which is later.
     order_evidence        text        NOT NULL DEFAULT 'decided' CHECK (order_evidence IN ('decided', 'undecided')),
