@@ -119,6 +119,9 @@ _LEVELS: dict[str, int] = {
     # asking Stripe
     "reconciled": _INFO,
     "reconcile_failed": _WARNING,
+    "backfilled": _INFO,
+    "object_unreadable": _WARNING,
+    "audited": _INFO,
     # telling people
     "alert_told": _INFO,
     "alert_failed": _WARNING,

@@ -26,7 +26,7 @@ FLOORS: list[set[str]] = [
     {"ties", "mirror"},
     {"reads"},
     {"handlers", "rebuild", "alerts", "simulator"},
-    {"receive", "shadow", "upgrade", "reconcile", "conform", "doctor"},
+    {"receive", "shadow", "upgrade", "reconcile", "backfill", "audit", "conform", "doctor"},
     {"worker"},
     {"web"},
     {"cli", "testing"},
