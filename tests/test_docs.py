@@ -436,8 +436,8 @@ async def test_the_mirrored_objects_answer_as_shown_and_keep_nothing_of_a_custom
     }
 
     await db.execute(
-        "INSERT INTO webhook_reads SELECT 'pm_1', '', true, false, 'payment_method', now(), now(), NULL, 1, 'backfill', "
-        """'{"id": "pm_1", "object": "payment_method", "customer": "cus_123"}'"""
+        "INSERT INTO webhook_reads VALUES ('pm_1', '', true, false, 'payment_method', now(), now(), NULL, 1, "
+        """'backfill', '{"id": "pm_1", "object": "payment_method", "customer": "cus_123"}')"""
     )
     [erasing] = re.findall(r"```sql\n(.*?)```", section(OPERATIONS, "## Erase a customer"), re.DOTALL)
     for _ in range(2):
