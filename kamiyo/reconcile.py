@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import asyncpg
 import msgspec
 
-from kamiyo import handlers, inbox, projections
+from kamiyo import handlers, inbox, mirror, projections
 from kamiyo.database import DATABASE_ERRORS, Connection, Pool, load_queries
 from kamiyo.errors import KamiyoError, PayloadError
 from kamiyo.event import Event, filed, parse
@@ -97,6 +97,7 @@ async def reconcile(
     since: int | None = None,
     registry: Registry = handlers.registry,
     own_account: str = "",
+    mirrored: frozenset[str] = frozenset(),
     at_least_every: float = 0.0,
     progress: Callable[[int], None] = lambda looked_at: None,
 ) -> Compared | None:
@@ -109,7 +110,7 @@ async def reconcile(
     """
     tally, turns, error = _Tally(progress), 0, None
     async for account, livemode in _due(pool, api, at_least_every):
-        comparison = _Comparison(pool, api, account, livemode, registry, own_account, tally)
+        comparison = _Comparison(pool, api, account, livemode, registry, mirrored, own_account, tally)
         try:
             turns += await comparison.run(since, at_least_every)
         except StripeRefused as refused:
@@ -127,12 +128,19 @@ async def reconcile(
     )
 
 
-async def keep_reconciling(pool: Pool, api: StripeApi, rng: random.Random, *, own_account: str = "") -> None:
+async def keep_reconciling(
+    pool: Pool,
+    api: StripeApi,
+    rng: random.Random,
+    *,
+    own_account: str = "",
+    mirrored: frozenset[str] = frozenset(),
+) -> None:
     """Compare each account every fifteen minutes, one process of many, until cancelled; then close `api`."""
     try:
         while True:
             try:
-                await reconcile(pool, api, own_account=own_account, at_least_every=EVERY_SECONDS)
+                await reconcile(pool, api, own_account=own_account, mirrored=mirrored, at_least_every=EVERY_SECONDS)
             except _NOT_NOW as error:
                 happened("reconcile_failed", error=type(error).__name__)
             # Shorter than the interval: the process whose turn it was may have gone.
@@ -170,6 +178,7 @@ class _Comparison:
     account: str
     livemode: bool
     registry: Registry
+    mirrored: frozenset[str]
     own_account: str
     tally: _Tally
     _run: int = 0
@@ -225,7 +234,8 @@ class _Comparison:
             after_event=window.after,
         )
         async for page, last in pages:
-            wanted = [event for event in map(self._event, page) if event is not None and _wanted(event, self.registry)]
+            found = [event for event in map(self._event, page) if event is not None]
+            wanted = [event for event in found if _wanted(event, self.registry, self.mirrored)]
             async with self.pool.acquire(timeout=10) as db, db.transaction():
                 missing = await _missing(db, wanted)
                 if missing:
@@ -280,8 +290,8 @@ class _Comparison:
         return filed(event, own=self.own_account)
 
 
-def _wanted(event: Event, registry: Registry) -> bool:
-    return bool(projections.table_of(event) or registry.of(event.type))
+def _wanted(event: Event, registry: Registry, mirrored: frozenset[str]) -> bool:
+    return bool(projections.table_of(event) or registry.of(event.type)) or mirror.wants(event, mirrored)
 
 
 async def _missing(db: Connection, events: Sequence[Event]) -> list[Event]:

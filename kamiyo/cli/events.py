@@ -189,7 +189,11 @@ def reconcile(
                 api = StripeApi(pool, settings)
                 try:
                     return await reconciling.reconcile(
-                        pool, api, since=begin, own_account=settings.stripe_account_id, progress=progress
+                        *(pool, api),
+                        since=begin,
+                        own_account=settings.stripe_account_id,
+                        mirrored=settings.mirrored,
+                        progress=progress,
                     )
                 finally:
                     await api.close()
@@ -224,12 +228,13 @@ def _seconds(text: str) -> int:
 
 
 def rebuild() -> None:
-    """Make the four billing tables again from the stored events alone.
+    """Make the four billing tables again from the stored events alone, and stripe_objects as KAMIYO_MIRROR says.
 
     Receiving goes on meanwhile; processing waits until it is done.
     """
     with progressing("events read") as progress:
-        done = _with_database(lambda db: rebuilding.rebuild(db, progress=progress))
+        mirrored = settings_for_commands().mirrored
+        done = _with_database(lambda db: rebuilding.rebuild(db, mirrored=mirrored, progress=progress))
     console.print(f"the billing tables are rebuilt from {done} events", highlight=False)
 
 
