@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from kamiyo import handlers, inbox, projections
+from kamiyo import handlers, inbox, mirror, projections
 from kamiyo.database import DATABASE_ERRORS, Connection, Pool, load_queries
 from kamiyo.errors import PayloadError
 from kamiyo.event import Event, parse
@@ -54,6 +54,7 @@ async def reconcile(
     *,
     since: int | None = None,
     registry: Registry = handlers.registry,
+    mirrored: frozenset[str] = frozenset(),
     at_least_every: float = 0.0,
     progress: Callable[[int], None] = lambda looked_at: None,
 ) -> Compared | None:
@@ -70,7 +71,7 @@ async def reconcile(
     begin = since if since is not None else (turn[0] or until - FIRST_SECONDS) - OVERLAP_SECONDS
     looked_at = added = missed = 0
     async for page, last in api.events(created_from=begin, created_to=until):
-        wanted = [event for event in map(_event, page) if event is not None and _wanted(event, registry)]
+        wanted = [event for event in map(_event, page) if event is not None and _wanted(event, registry, mirrored)]
         async with pool.acquire(timeout=10) as db, db.transaction():
             missing = await _missing(db, wanted)
             if missing:
@@ -85,12 +86,14 @@ async def reconcile(
     return Compared(looked_at, added, missed)
 
 
-async def keep_reconciling(pool: Pool, api: StripeApi, rng: random.Random) -> None:
+async def keep_reconciling(
+    pool: Pool, api: StripeApi, rng: random.Random, mirrored: frozenset[str] = frozenset()
+) -> None:
     """Compare every fifteen minutes, one process of many, until cancelled; then close `api`."""
     try:
         while True:
             try:
-                await reconcile(pool, api, at_least_every=EVERY_SECONDS)
+                await reconcile(pool, api, mirrored=mirrored, at_least_every=EVERY_SECONDS)
             except _NOT_NOW as error:
                 happened("reconcile_failed", error=type(error).__name__)
             # Shorter than the interval: the process whose turn it was may have gone.
@@ -106,8 +109,8 @@ def _event(said: dict[str, object]) -> Event | None:
         return None
 
 
-def _wanted(event: Event, registry: Registry) -> bool:
-    return bool(projections.table_of(event) or registry.of(event.type))
+def _wanted(event: Event, registry: Registry, mirrored: frozenset[str]) -> bool:
+    return bool(projections.table_of(event) or registry.of(event.type)) or mirror.wants(event, mirrored)
 
 
 async def _missing(db: Connection, events: list[Event]) -> list[Event]:

@@ -903,7 +903,18 @@ async def test_an_event_that_changes_no_row_says_so_and_one_whose_row_is_gone_as
     await deliver(client, event_json("evt_2", "customer.updated", CUSTOMER))
     await settled(db, "evt_2")
     await sign_in(client)
-    assert "No billing row" in words(await page(client, "/events/evt_1"))
+    assert "No billing row: events of this type are kept" in words(await page(client, "/events/evt_1"))
+    await db.execute(
+        "INSERT INTO stripe_objects (id, object, livemode, data, last_webhook_event_id, updated_at, last_event_rank, "
+        "deletion_rank, order_evidence) VALUES "
+        "('ch_1', 'charge', false, '{}', 'evt_1', now(), 1, 1, 'undecided'), "
+        "('cus_1', 'customer', false, '{}', 'evt_3', now(), 1, NULL, 'decided')"
+    )
+    text = words(await page(client, "/events/evt_1"))
+    assert "No billing row: of this object the latest state is kept as JSON" in text
+    assert "Its row in stripe_objects stands as this event showed it. Stripe has said that the object is gone." in text
+    assert "Its order is undecided" in text
+    assert "Its row in stripe_objects stands as evt_3 showed it." in words(await page(client, "/events/evt_2"))
     await db.execute("DELETE FROM billing.customers")
     text = words(await page(client, "/events/evt_2"))
     assert "What was there before is not known" in text and "There is no row in the table" in text
@@ -1573,6 +1584,7 @@ _QUESTIONS: list[tuple[str, tuple[Any, ...]]] = [
     ("now_subscriptions", ("sub_5", "", True)),
     ("now_invoices", ("in_5", "", True)),
     ("now_payment_methods", ("pm_5", "", True)),
+    ("mirrored", ("in_5", "invoice", "", True)),
     ("group_events", ("f8", queries.PAGE)),
     ("replay_outcome", ("f8", position()[0], queries.MOST_FOLLOWED)),
     ("traffic_by_minute", (position()[0], 60)),

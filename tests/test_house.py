@@ -23,7 +23,7 @@ FLOORS: list[set[str]] = [
     {"stripe_api"},
     {"projections"},
     {"inbox"},
-    {"ties"},
+    {"ties", "mirror"},
     {"reads"},
     {"handlers", "rebuild", "alerts", "simulator"},
     {"receive", "shadow", "upgrade", "reconcile", "backfill", "audit", "conform", "doctor"},

@@ -226,6 +226,11 @@ SELECT * FROM billing.invoices WHERE id = $1 AND account = $2 AND livemode = $3;
 -- name: now_payment_methods
 SELECT * FROM billing.payment_methods WHERE id = $1 AND account = $2 AND livemode = $3;
 
+-- name: mirrored
+-- What KAMIYO_MIRROR keeps of an object.
+SELECT last_webhook_event_id, deleted, order_evidence FROM stripe_objects
+WHERE id = $1 AND object = $2 AND account = $3 AND livemode = $4;
+
 -- ── Failures ────────────────────────────────────────────────────────────────────────────────────────────────
 
 -- name: groups

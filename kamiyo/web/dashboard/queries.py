@@ -256,6 +256,12 @@ async def effect(db: Connection, event: Event, received: datetime) -> changes.Ef
     return changes.effect_of(event, received, [one for one in events if one is not None], now)
 
 
+async def mirrored(db: Connection, event: asyncpg.Record) -> asyncpg.Record | None:
+    """The row of `stripe_objects` about the event's object; None where there is none."""
+    key = event["object_id"] or event["customer"] or ""
+    return await db.fetchrow(_SQL["mirrored"], key, event["object_type"], event["account"], event["livemode"])
+
+
 # ── Failures ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
