@@ -1232,6 +1232,18 @@ async def test_those_that_fail_again_are_counted_as_such(
     assert text is not None and "Those that failed again have new tries of their own" in text
 
 
+async def test_of_a_replay_of_very_many_the_first_are_followed_and_the_page_says_so(
+    quiet_desk: httpx.AsyncClient, db: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(5):
+        await put_dead(db)
+    number = await queries.begin_replay(db, "abc", 5)
+    assert "0 of 5" in words(await page(quiet_desk, f"/replays/{number}"))
+    monkeypatch.setattr(queries, "MOST_FOLLOWED", 3)
+    shown = words(await page(quiet_desk, f"/replays/{number}"))
+    assert "0 of the first 3" in shown and "So many that only the first 3 are followed here" in shown
+
+
 async def test_a_replay_whose_server_is_gone_says_so_and_offers_the_rest(
     quiet_desk: httpx.AsyncClient, db: Connection
 ) -> None:
@@ -1606,7 +1618,7 @@ _QUESTIONS: list[tuple[str, tuple[Any, ...]]] = [
     ("now_payment_methods", ("pm_5", "", True)),
     ("mirrored", ("in_5", "invoice", "", True)),
     ("group_events", ("f8", queries.PAGE)),
-    ("replay_outcome", ("f8", position()[0])),
+    ("replay_outcome", ("f8", position()[0], queries.MOST_FOLLOWED)),
     ("traffic_by_minute", (position()[0], 60)),
     ("traffic_by_hour", (position()[0], 3600)),
     ("types", (position()[0], 12)),

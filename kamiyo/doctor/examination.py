@@ -38,6 +38,8 @@ async def _examine(subject: Subject) -> AsyncIterator[Finding]:
             yield finding
         for finding in await channels.alerts(settings, send_test=subject.send_test):
             yield finding
+        for finding in await channels.traces(settings):
+            yield finding
         for finding in await endpoints.stripe(subject, pool):
             yield finding
 

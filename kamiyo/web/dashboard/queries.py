@@ -20,6 +20,9 @@ MOST_COUNTED = 10_000
 #: Failed events that are put into groups, the newest first.
 MOST_GROUPED = 20_000
 
+#: At most this many failures are followed through a replay, so that looking each second costs little.
+MOST_FOLLOWED = 20_000
+
 #: Events on a page.
 PAGE = 50
 
@@ -367,8 +370,11 @@ async def replay(db: Connection, number: int) -> asyncpg.Record | None:
 
 
 async def replay_outcome(db: Connection, fingerprint: str, since: datetime) -> asyncpg.Record:
-    """processed, waiting and failed: where the events stand that a replay put back in line."""
-    row = await db.fetchrow(_SQL["replay_outcome"], fingerprint, since)
+    """processed, waiting and failed: where the events stand that a replay put back in line.
+
+    `followed` of them were looked at, and `all_followed` says whether that is all.
+    """
+    row = await db.fetchrow(_SQL["replay_outcome"], fingerprint, since, MOST_FOLLOWED)
     assert row is not None  # noqa: S101 - an aggregate without GROUP BY has exactly one row
     return row
 
