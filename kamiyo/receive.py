@@ -16,14 +16,14 @@ from functools import partial
 
 import asyncpg
 
-from kamiyo import handlers, inbox, projections, signature, telemetry, tracing
+from kamiyo import handlers, inbox, mirror, projections, signature, telemetry, tracing
 from kamiyo.database import DATABASE_ERRORS, Connection, Pool
 from kamiyo.errors import DatabaseUnavailable, Overloaded, SecretMissing, Unavailable
-from kamiyo.event import Event, parse
+from kamiyo.event import Event, filed, parse
 from kamiyo.handlers import Registry
 from kamiyo.inbox import Arrival, Outcome, Status, Stored
 from kamiyo.projections import Place, Row
-from kamiyo.settings import Settings
+from kamiyo.settings import WEBHOOK, Settings
 from kamiyo.telemetry import happened, happened_to_each
 
 #: Events in one commit, at most: enough to spread its cost thin, few enough to keep a commit short.
@@ -57,6 +57,7 @@ Answered = Callable[[Message | Unavailable], None]
 @dataclass(slots=True)
 class _Waiting:
     event: Event
+    source: str
     # Made when it comes in, while another group's commit is on its way, and not when its own is waited for.
     prepared: "_Prepared"
     answered: Answered | None
@@ -84,7 +85,10 @@ class Receiver:
         # Wakes the worker of this process, if it has one; it calls the others when it needs them.
         self._wake_worker = wake
         self._registry = registry
+        self._mirrored = settings.mirrored
         self._secrets = settings.webhook_secrets
+        self._signers = settings.signing_secrets
+        self._own_account = settings.stripe_account_id
         self._tolerance = settings.signature_tolerance
         self._most_waiting = settings.max_waiting
         self._commit_timeout = settings.commit_timeout
@@ -110,10 +114,8 @@ class Receiver:
         Unavailable; after any of them nothing is promised, and after the first two nothing was written.
         """
         began = time.time()
-        event = self._admit(body, header, began)
-        if self._traces is not None:
-            return Receipt(event.id, event.type, await self._store_traced(self._traces, event, began, caller))
-        return Receipt(event.id, event.type, await self.store(event))
+        event, source = self._admit(body, header, began)
+        return await self._accept(event, source, began, caller)
 
     def submit(
         self, body: bytes, header: bytes | str | None, answered: Callable[[Event, Message | Unavailable], None]
@@ -123,19 +125,36 @@ class Receiver:
         Raises what `receive` raises, except for what is known only later; then `answered` is never called. Leaves no
         trace: where `traced`, receive.
         """
-        event = self._admit(body, header, time.time())
-        self._join(event, partial(answered, event))
+        event, source = self._admit(body, header, time.time())
+        self._join(event, source, partial(answered, event))
+
+    async def receive_vouched(self, body: bytes, *, source: str, caller: bytes | None = None) -> Receipt:
+        """Store an event that another road vouches for, and return once it is committed.
+
+        Raises PayloadError or Unavailable, as `receive` does.
+        """
+        now = time.time()
+        return await self._accept(filed(parse(body, received=now), own=self._own_account), source, now, caller)
 
     @property
     def traced(self) -> bool:
         """Whether deliveries leave traces."""
         return self._traces is not None
 
-    async def _store_traced(self, traces: tracing.Traces, event: Event, began: float, caller: bytes | None) -> Message:
+    async def _accept(self, event: Event, source: str, began: float, caller: bytes | None) -> Receipt:
+        if self._traces is not None:
+            message = await self._store_traced(self._traces, event, source, began, caller)
+        else:
+            message = await self.store(event, source=source)
+        return Receipt(event.id, event.type, message)
+
+    async def _store_traced(
+        self, traces: tracing.Traces, event: Event, source: str, began: float, caller: bytes | None
+    ) -> Message:
         message: Message | None = None
         error = "cancelled"
         try:
-            message = await self.store(event)
+            message = await self.store(event, source=source)
             return message
         except Unavailable as refusal:
             error = type(refusal).__name__
@@ -151,7 +170,7 @@ class Receiver:
                 caller=caller.decode("latin-1") if caller else None,
             )
 
-    async def store(self, event: Event) -> Message:
+    async def store(self, event: Event, *, source: str = WEBHOOK) -> Message:
         """Join the next group commit. Raises Overloaded, or DatabaseUnavailable when the commit cannot be had."""
         told: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
 
@@ -164,19 +183,21 @@ class Receiver:
             else:
                 told.set_result(answer)
 
-        self._join(event, answered)
+        self._join(event, source, answered)
         return await told
 
-    def _admit(self, body: bytes, header: bytes | str | None, now: float) -> Event:
-        signature.verify(body, header, self._secrets, now, self._tolerance)
-        return parse(body, received=now)
+    def _admit(self, body: bytes, header: bytes | str | None, now: float) -> tuple[Event, str]:
+        signer = self._signers[signature.verify(body, header, self._secrets, now, self._tolerance)]
+        event = filed(parse(body, received=now), own=self._own_account, otherwise=signer.account)
+        return event, signer.source
 
-    def _join(self, event: Event, answered: Answered) -> None:
+    def _join(self, event: Event, source: str, answered: Answered) -> None:
         size = len(event.body)
         if self._closing or len(self._waiting) >= self._most_waiting or self._bytes_waiting + size > MOST_BYTES_WAITING:
             raise Overloaded
         deadline = time.monotonic() + self._commit_timeout
-        self._waiting.append(_Waiting(event, _prepared(event, self._registry), answered, deadline))
+        prepared = _prepared(event, self._registry, self._mirrored)
+        self._waiting.append(_Waiting(event, source, prepared, answered, deadline))
         self._bytes_waiting += size
         self._wake.set()
         if self._overdue is None:
@@ -207,6 +228,10 @@ class Receiver:
                 happened("database_away", error=type(error).__name__)
                 self._refuse(self._take(), error)
                 await self._until_waiting(1.0)
+            except asyncio.CancelledError as error:
+                # A stop that could not wait for the commit.
+                self._refuse(self._waiting, error)
+                raise
 
     def close(self) -> None:
         """Accept nothing more; `run` returns when what waits is committed."""
@@ -224,8 +249,10 @@ class Receiver:
                 continue
             try:
                 await self._commit(db, group)
-            except DATABASE_ERRORS as error:
+            except (*DATABASE_ERRORS, asyncio.CancelledError) as error:
                 self._refuse(group, error)
+                if isinstance(error, asyncio.CancelledError):
+                    raise
                 if isinstance(error, TimeoutError):
                     # There may be nobody at the other end any more: a lost route ends no connection. The next group
                     # gets another one.
@@ -246,6 +273,11 @@ class Receiver:
 
     def _take(self) -> list[_Waiting]:
         group, self._waiting = self._waiting[:MOST_PER_COMMIT], self._waiting[MOST_PER_COMMIT:]
+        if group and any(waiting.source != group[0].source for waiting in group):
+            # One commit for each source that is busy at the moment: its name is a parameter of the whole statement.
+            others = [waiting for waiting in group if waiting.source != group[0].source]
+            group = [waiting for waiting in group if waiting.source == group[0].source]
+            self._waiting = others + self._waiting
         self._bytes_waiting -= sum(len(waiting.event.body) for waiting in group)
         return group
 
@@ -295,14 +327,15 @@ class Receiver:
                 return await self._project(db, group)
 
     async def _project(self, db: Connection, group: Sequence[_Waiting]) -> Stored:
+        source = group[0].source
         arrivals, rows = _together(waiting.prepared for waiting in group)
         try:
             # Of an event projected on arrival, its share of the last commit is the best that can be known in this one.
             cost = int(self._cost * 1e6)
-            return await inbox.put_projected(db, arrivals, rows, microseconds=cost)
+            return await inbox.put_projected(db, arrivals, rows, microseconds=cost, source=source)
         except asyncpg.DataError:
             # A value that PostgreSQL's types do not take. Stored first; the workers find out whose it is.
-            known = await inbox.put(db, [waiting.event for waiting in group])
+            known = await inbox.put(db, [waiting.event for waiting in group], source=source)
             return Stored(known, {waiting.event.id for waiting in group} - known.keys())
 
     def _refuse(self, group: Sequence[_Waiting], error: BaseException) -> None:
@@ -331,8 +364,13 @@ class _Prepared:
     row: Row | None
 
 
-def _prepared(event: Event, registry: Registry) -> _Prepared:
-    if event.thin or registry.of(event.type) or projections.is_stub(event):
+def _prepared(event: Event, registry: Registry, mirrored: frozenset[str]) -> _Prepared:
+    if (
+        event.thin
+        or registry.of(event.type)
+        or projections.is_stub(event)
+        or (mirrored and mirror.wants(event, mirrored))
+    ):
         return _Prepared(Arrival(event, None), None)
     try:
         row = projections.row_of(event, datetime.now(UTC))
@@ -365,12 +403,15 @@ def _together(group: Iterable[_Prepared]) -> tuple[list[Arrival], list[Row]]:
     return arrivals, [one.row for one in best.values() if one.row is not None]
 
 
-def ready_to_project(events: Iterable[Event], registry: Registry) -> tuple[list[Arrival], list[Row]]:
+def ready_to_project(
+    events: Iterable[Event], registry: Registry, mirrored: frozenset[str] = frozenset()
+) -> tuple[list[Arrival], list[Row]]:
     """Which events their billing row is all they need, and those rows, one for each object.
 
-    The workers get what has a handler, what must be read from Stripe, what ties with another, and what is malformed.
+    The workers get what has a handler, what must be read from Stripe, what ties with another, what is malformed, and
+    what is `mirrored`.
     """
-    return _together(_prepared(event, registry) for event in events)
+    return _together(_prepared(event, registry, mirrored) for event in events)
 
 
 def _count(group: Sequence[_Waiting], first: dict[str, _Waiting], stored: Stored, took: float) -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 
 import asyncpg
 
-from kamiyo import handlers, inbox, projections, retry, shadow, telemetry, ties, tracing
+from kamiyo import handlers, inbox, mirror, projections, retry, shadow, telemetry, ties, tracing
 from kamiyo.database import DATABASE_ERRORS, Connection, Pool, listening
 from kamiyo.errors import DatabaseUnavailable, KamiyoError
 from kamiyo.event import Event
@@ -92,6 +92,7 @@ class Worker:
         self._resting: asyncio.Future[None] | None = None
         self._help = asyncio.Event()
         self._slow: set[str] = set()
+        self._mirrored = self.settings.mirrored
         # Seconds an event takes, lately. Begins as if a whole batch fitted into a turn.
         self._pace = _TURN_SECONDS / self.settings.worker_batch
 
@@ -324,7 +325,7 @@ class Worker:
 
     async def _apply(self, db: Connection, number: int, trials: Sequence[_Trial]) -> None:
         began = time.perf_counter()
-        await _project(db, trials)
+        await _project(db, trials, self._mirrored)
         share = (time.perf_counter() - began) / len(trials)
         if self.traces is not None:
             for trial in trials:
@@ -408,7 +409,7 @@ class Worker:
         trial.error = trial.error or error
         try:
             async with db.transaction():
-                await _project(db, [trial])
+                await _project(db, [trial], self._mirrored)
                 await self._record(db, number, trial)
         except ClaimLost:
             raise
@@ -440,7 +441,7 @@ class Worker:
         # record and apart from it: if it is this that kills, that has been counted.
         try:
             async with db.transaction():
-                await _project(db, [trial])
+                await _project(db, [trial], self._mirrored)
         except Exception:
             if db.is_closed():
                 raise
@@ -509,11 +510,15 @@ def _is_being_cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
-async def _project(db: Connection, trials: Sequence[_Trial]) -> None:
+async def _project(db: Connection, trials: Sequence[_Trial], mirrored: frozenset[str]) -> None:
     """Bring the billing tables up to date with all of `trials`, and note how each event stands to its row."""
+    shown = []
     for trial in trials:
         try:
             trial.row = projections.row_of(trial.event, trial.claimed.received)
+            if mirrored and mirror.wants(trial.event, mirrored):
+                shown.append(mirror.state_of(trial.event, trial.claimed.received, trial.row))
+                trial.outcome = Outcome.projected
         except ProjectionError as error:
             trial.error = trial.error or error
         if trial.row is not None:
@@ -522,3 +527,4 @@ async def _project(db: Connection, trials: Sequence[_Trial]) -> None:
     superseded = await ties.project(db, told)
     for trial in trials:
         trial.superseded = trial.event.id in superseded
+    await mirror.project(db, [state for state in shown if state is not None], mirrored)

@@ -39,9 +39,17 @@ class StripeServer:
     Every answer takes `slow` seconds. What begins with a path in `forbidden` is answered 403. Stripe's clock (`Date`)
     is `ahead` seconds before this machine's. `asked` are the queries, `paths` the paths, `asked_at` the moments (of
     time.monotonic) of all requests so far, and `accounts` whose the requests were about.
+
+    `keys` are the keys there are, each with the account that it opens ('' is the platform). `events_of` are the events
+    of an account in a mode, where they are others than `events`; where there are any, the platform may read the
+    accounts named in it or in an object, and no others. With `pages` each page of events waits for one of its permits.
     """
 
     events: list[dict[str, Any]] = field(default_factory=list)
+    events_of: dict[tuple[str, bool], list[dict[str, Any]]] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=lambda: {KEY: ""})
+    pages: asyncio.Semaphore | None = None
+    over: asyncio.Event = field(default_factory=asyncio.Event)
     endpoints: list[dict[str, Any]] = field(default_factory=list)
     objects: dict[tuple[str, str, str], dict[str, Any]] = field(default_factory=dict)
     faults: list[int] = field(default_factory=list)
@@ -69,40 +77,58 @@ class StripeServer:
     async def list_events(self, request: Request) -> Response:
         """`GET /v1/events`, newest first, with `created[gte]`, `created[lte]`, `limit` and `starting_after`."""
         query = request.query_params
+        await self._turn()
+        whose, live = self._whose(request), "_live_" in request.headers["authorization"]
         within = [
             event
-            for event in self.events
-            if int(query["created[gte]"]) <= event["created"] <= int(query["created[lte]"])
+            for event in self.events_of.get((whose, live), self.events)
+            if int(query.get("created[gte]", 0)) <= event["created"] <= int(query.get("created[lte]", 2**40))
         ]
         return self._page(request, within)
+
+    async def read_account(self, request: Request) -> Response:
+        """`GET /v1/account`: whose the key is."""
+        return JSONResponse({"id": self._whose(request) or "acct_platform", "object": "account"})
 
     async def list_endpoints(self, request: Request) -> Response:
         """`GET /v1/webhook_endpoints`, with `limit` and `starting_after`."""
         return self._page(request, self.endpoints)
 
     async def list_objects(self, request: Request) -> Response:
-        """`GET /v1/customers` and the like, newest first; with `customer`, `type` and, for subscriptions, `status`.
+        """`GET /v1/customers` and the like, newest first; with `created`, `customer`, `type` and `status`.
 
         As at Stripe, deleted customers are not listed, and canceled subscriptions only with `status=all`.
         """
-        query, object_type = request.query_params, _COLLECTIONS.get(request.path_params["collection"])
-        if object_type is None:
+        object_type = _COLLECTIONS.get(request.path_params["collection"])
+        return _missing() if object_type is None else self._page(request, self._listed(request, object_type))
+
+    async def list_payment_methods(self, request: Request) -> Response:
+        """`GET /v1/customers/{id}/payment_methods`; 404 for a customer that is not there any more."""
+        customer = request.path_params["id"]
+        if self.objects.get((self._whose(request), "customer", customer), {"deleted": True}).get("deleted"):
             return _missing()
+        listed = self._listed(request, "payment_method")
+        return self._page(request, [one for one in listed if one["customer"] == customer])
+
+    def _listed(self, request: Request, object_type: str) -> list[dict[str, Any]]:
+        query = request.query_params
+        latest = int(query.get("created[lte]", 2**53))
         found = [
             one
             for (account, kind, _), one in reversed(self.objects.items())
-            if (account, kind) == (_account(request), object_type)
+            if (account, kind) == (self._whose(request), object_type)
             and not one.get("deleted")
             and (object_type != "subscription" or query.get("status") == "all" or one.get("status") != "canceled")
             and all(one.get(name) == query[name] for name in ("customer", "type") if name in query)
+            and one.get("created", 0) <= latest
         ]
-        return self._page(request, found)
+        return sorted(found, key=lambda one: one.get("created", 0), reverse=True)
 
     async def read_object(self, request: Request) -> Response:
         """`GET /v1/customers/{id}` and the like; anything else that was shown as well, by its plural."""
         collection = request.path_params["collection"]
         object_type = _COLLECTIONS.get(collection, collection.removesuffix("s"))
-        one = self.objects.get((_account(request), object_type, request.path_params["id"]))
+        one = self.objects.get((self._whose(request), object_type, request.path_params["id"]))
         return JSONResponse(one) if one is not None else _missing()
 
     async def nothing(self, request: Request) -> Response:
@@ -125,10 +151,13 @@ class StripeServer:
         return said
 
     def _refusal(self, request: Request) -> Response | None:
-        if request.headers.get("authorization") != f"Bearer {KEY}":
+        if request.headers.get("authorization", "").removeprefix("Bearer ") not in self.keys:
             return _error(401, "invalid_request_error", f"Invalid key {KEY}")
         if request.url.path.startswith(tuple(self.forbidden)):
             return _error(403, "invalid_request_error", f"The key {KEY} may not do that")
+        account, known = _account(request), {account for account, *_ in (*self.events_of, *self.objects)}
+        if account and self.events_of and account not in known:
+            return _error(403, "invalid_request_error", "The key may not read that account", code="account_invalid")
         if self.faults:
             status = self.faults.pop(0)
             if status == HANGS:
@@ -139,11 +168,28 @@ class StripeServer:
             return said
         return None
 
+    async def _turn(self) -> None:
+        if self.pages is not None:
+            # Whoever asked may be dead by now; the server's end must not wait for a permit that nobody gives.
+            waits = {asyncio.create_task(self.pages.acquire()), asyncio.create_task(self.over.wait())}
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            for wait in waits:
+                wait.cancel()
+
+    def _whose(self, request: Request) -> str:
+        key = request.headers["authorization"].removeprefix("Bearer ")
+        return request.headers.get("stripe-account") or self.keys[key]
+
     @staticmethod
     def _page(request: Request, objects: list[dict[str, Any]]) -> Response:
         query = request.query_params
         ids = [one["id"] for one in objects]
-        begin = ids.index(query["starting_after"]) + 1 if "starting_after" in query else 0
+        behind = query.get("starting_after")
+        if behind is not None and behind not in ids:
+            return _error(
+                400, "invalid_request_error", "No such object", code="resource_missing", param="starting_after"
+            )
+        begin = ids.index(behind) + 1 if behind is not None else 0
         page = objects[begin : begin + int(query.get("limit", 10))]
         more = begin + len(page) < len(objects)
         return JSONResponse({"object": "list", "url": request.url.path, "data": page, "has_more": more})
@@ -184,7 +230,9 @@ async def stripe_server() -> AsyncIterator[StripeServer]:
         routes=[
             _route(stripe, "/v1/events", stripe.list_events),
             _route(stripe, "/v1/webhook_endpoints", stripe.list_endpoints),
+            _route(stripe, "/v1/account", stripe.read_account),
             _route(stripe, "/v1/{collection}", stripe.list_objects),
+            _route(stripe, "/v1/customers/{id}/payment_methods", stripe.list_payment_methods),
             _route(stripe, "/{version:str}/{collection}/{id}", stripe.read_object),
             _route(stripe, "/{path:path}", stripe.nothing, methods=("GET", "HEAD")),
         ]
@@ -198,5 +246,6 @@ async def stripe_server() -> AsyncIterator[StripeServer]:
     try:
         yield stripe
     finally:
+        stripe.over.set()
         server.should_exit = True
         await running

@@ -57,7 +57,7 @@ class Door:
 
 class _Counted(StripeEndpoint):
     def __init__(self, behind: StripeEndpoint, calls: list[str]) -> None:
-        super().__init__(lambda: behind.system)
+        super().__init__(lambda: behind.system, behind.bodies)
         self._calls = calls
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -217,7 +217,7 @@ async def test_half_bodies_are_held_up_to_a_bound_which_those_of_both_ways_share
     assert (await door.say(request())).startswith(_END)
     for one in waiting:
         one.cancel()
-    await until(lambda: _is(endpoint.bytes_arriving == 0))
+    await until(lambda: _is(endpoint.bodies.arriving == 0))
     assert not door.through_asgi
 
 

@@ -15,7 +15,8 @@ from kamiyo.database import DATABASE_ERRORS, Pool
 from kamiyo.doctor.finding import STRIPE_PATH, Finding, Subject, count, failed, passed, shown, warning, words
 from kamiyo.doctor.postgresql import CLOCK_SECONDS, clock
 from kamiyo.settings import Settings
-from kamiyo.stripe_api import StripeApi, StripeError, StripeRefused
+from kamiyo.simulator import EVENT_TYPES
+from kamiyo.stripe_api import StripeApi, StripeError, StripeGone, StripeRefused
 
 #: The newest API version whose shapes this Kamiyo was tried with.
 NEWEST_API_VERSION = "2026-10-28"
@@ -26,31 +27,57 @@ _NOT_ASKED: tuple[type[BaseException], ...] = (*DATABASE_ERRORS, KeyError, TypeE
 async def stripe(subject: Subject, pool: Pool | None) -> list[Finding]:
     """The endpoints that Stripe has for the key's account and mode, and its clock. Nothing without a key."""
     settings = subject.settings
-    if not settings.stripe_secret_key.get_secret_value():
+    if not settings.api_keys:
         return []
     if pool is None:
         return [
             warning("stripe", "was not asked: the requests' budget is kept in the database", "Mend the database first.")
         ]
     api = StripeApi(pool, settings)
+    found: list[Finding] = []
     try:
-        endpoints = await _endpoints_of(api)
+        for account, livemode in api.keyed:
+            if account:
+                found.append(await _account_opened(api, account, livemode))
+            else:
+                endpoints = await _endpoints_of(api, livemode)
+                found += endpoints_known(endpoints, subject, livemode=livemode)
     except StripeRefused as error:
         may = "Let the key read webhook endpoints (Stripe dashboard, API keys), or set one that exists."
-        return [failed("stripe", str(error), may)]
+        return [*found, failed("stripe", str(error), may)]
     except StripeError as error:
         return [warning("stripe", str(error), "Run this again later; look at the network between here and Stripe.")]
     except _NOT_ASKED as error:
         return [warning("stripe", f"was not asked: {words(error)}", "Mend the database first; run `kamiyo migrate`.")]
     finally:
         await api.close()
-    found = list(endpoints_known(endpoints, subject, livemode=api.livemode))
     return [*found, *await _stripes_clock(settings)]
 
 
-async def _endpoints_of(api: StripeApi) -> list[dict[str, Any]]:
+async def _account_opened(api: StripeApi, account: str, livemode: bool) -> Finding:
+    """Whether a key of STRIPE_SECRET_KEYS may read events, and is the key of the account whose name it has."""
+    check = f"key of {account}"
+    try:
+        await api.read("/v1/events", {"limit": 1}, account=account, livemode=livemode, patience=20)
+    except StripeRefused as error:
+        return failed(
+            check, str(error), "Let the key read events (Stripe dashboard, API keys), or set one that exists."
+        )
+    mode = "live" if livemode else "test"
+    try:
+        said = (await api.read("/v1/account", account=account, livemode=livemode, patience=20)).value.get("id")
+    except (StripeRefused, StripeGone):
+        return passed(check, f"may read events of {mode} mode; whose key it is, it may not read")
+    if said != account:
+        return failed(
+            check, f"is the key of {said}", f"Name it so in STRIPE_SECRET_KEYS, or copy the key of {account}."
+        )
+    return passed(check, f"may read events of {mode} mode")
+
+
+async def _endpoints_of(api: StripeApi, livemode: bool) -> list[dict[str, Any]]:
     endpoints: list[dict[str, Any]] = []
-    async for page, _ in api.pages("/v1/webhook_endpoints", patience=20):
+    async for page, _ in api.pages("/v1/webhook_endpoints", livemode=livemode, patience=20):
         endpoints += page.value["data"]
     return endpoints
 
@@ -73,7 +100,14 @@ def endpoints_known(endpoints: Iterable[dict[str, Any]], subject: Subject, *, li
         )
         return
     for one in ours:
-        yield _endpoint_known(one, mode)
+        yield _endpoint_known(one, mode, subject.settings.mirrored)
+    if any(_is_twin(one) for one in every) and not subject.settings.shadow_secrets:
+        yield warning(
+            "twin endpoint",
+            f"Stripe delivers to …{STRIPE_PATH}?shadow in {mode} mode, and STRIPE_SHADOW_WEBHOOK_SECRET is not set: "
+            "these deliveries are refused",
+            "Set it to that endpoint's signing secret, or remove the endpoint in the Stripe dashboard.",
+        )
     enabled = [one for one in ours if one["status"] == "enabled"]
     if len({one["url"] for one in enabled}) < len(enabled):
         yield warning(
@@ -84,7 +118,7 @@ def endpoints_known(endpoints: Iterable[dict[str, Any]], subject: Subject, *, li
     if len(enabled) > len(subject.settings.webhook_secrets):
         yield failed(
             "stripe endpoints",
-            f"{len(enabled)} enabled endpoints of {mode} mode deliver here, and STRIPE_WEBHOOK_SECRET holds "
+            f"{len(enabled)} enabled endpoints of {mode} mode deliver here, and the settings hold "
             f"{count(len(subject.settings.webhook_secrets), 'secret')}: the others' deliveries are refused",
             "Each endpoint has a secret of its own: set them all, separated by commas.",
         )
@@ -92,12 +126,20 @@ def endpoints_known(endpoints: Iterable[dict[str, Any]], subject: Subject, *, li
 
 def _is_ours(endpoint: dict[str, Any], url: str) -> bool:
     theirs = str(endpoint["url"])
+    if _is_twin(endpoint):
+        return False
     if url:
         return theirs.rstrip("/").lower() == url.rstrip("/").lower()
     return urlsplit(theirs).path.rstrip("/") == STRIPE_PATH
 
 
-def _endpoint_known(endpoint: dict[str, Any], mode: str) -> Finding:
+def _is_twin(endpoint: dict[str, Any]) -> bool:
+    # What it delivers is compared, and never counted: see `kamiyo/shadow.py`.
+    theirs = urlsplit(str(endpoint["url"]))
+    return theirs.path == STRIPE_PATH and "shadow" in theirs.query
+
+
+def _endpoint_known(endpoint: dict[str, Any], mode: str, mirrored: frozenset[str]) -> Finding:
     check = f"endpoint {endpoint['id']}"
     seen = f"{mode} mode, {shown(str(endpoint['url']))}"
     if endpoint["status"] != "enabled":
@@ -115,7 +157,8 @@ def _endpoint_known(endpoint: dict[str, Any], mode: str) -> Finding:
             "Take the slash off in the Stripe dashboard: Stripe follows no redirects.",
         )
     wanted = endpoint["enabled_events"]
-    lacking = [] if "*" in wanted else [name for name in handlers.supported_types() if name not in wanted]
+    needed = dict.fromkeys((*handlers.supported_types(), *sorted(mirrored.intersection(EVENT_TYPES))))
+    lacking = [] if "*" in wanted else [name for name in needed if name not in wanted]
     if lacking:
         return failed(
             check,

@@ -18,6 +18,7 @@ from kamiyo.errors import (
     BodyTooSlow,
     PayloadError,
     ReceiveError,
+    RoadKeyInvalid,
     SignatureError,
     TooMuchArriving,
     Unavailable,
@@ -45,11 +46,11 @@ BODY_SECONDS = 15.0
 #: Bytes of bodies that one process holds while the rest of them is still on its way, all connections together.
 MOST_BYTES_ARRIVING = 64 * 1024 * 1024
 
-# Answered before the whole body was read, so nothing sensible can follow it on the connection.
-_UNREAD = (BodyTooLarge, BodyTooSlow, TooMuchArriving)
+#: Answered before the whole body was read, so nothing sensible can follow it on the connection.
+UNREAD = (BodyTooLarge, BodyTooSlow, TooMuchArriving)
 
 
-class _ClientLeft(Exception):
+class ClientLeft(Exception):
     """The client closed the connection before its body was complete."""
 
 
@@ -62,13 +63,63 @@ class Answer:
     body: bytes
 
 
+class Bodies:
+    """Reads bodies, and counts what one process holds of those whose rest is still on its way."""
+
+    def __init__(self) -> None:
+        #: Bytes of the bodies of which not all came yet.
+        self.arriving = 0
+
+    async def read(self, receive: Receive, limit: int, length: bytes | None) -> bytes:
+        """The whole body, `length` being what its header says of it.
+
+        Raises BodyTooLarge beyond `limit` bytes, BodyTooSlow when it trickles, TooMuchArriving, and ClientLeft.
+        """
+        if length is not None and length.isdigit() and int(length[:12]) > limit:
+            raise BodyTooLarge
+        message = await receive()
+        body: bytes = message.get("body", b"")
+        if not message.get("more_body", False):
+            if message["type"] == "http.disconnect":
+                raise ClientLeft
+            if len(body) > limit:
+                raise BodyTooLarge
+            return body
+        parts = [body]
+        self.arriving += len(body)
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                await self._rest_of_body(receive, parts, limit)
+        except TimeoutError:
+            raise BodyTooSlow from None
+        finally:
+            self.arriving -= sum(map(len, parts))
+        return b"".join(parts)
+
+    async def _rest_of_body(self, receive: Receive, parts: list[bytes], limit: int) -> None:
+        size, more = len(parts[0]), True
+        while more and size <= limit:
+            if self.arriving > MOST_BYTES_ARRIVING:
+                raise TooMuchArriving
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientLeft
+            part: bytes = message.get("body", b"")
+            parts.append(part)
+            size += len(part)
+            self.arriving += len(part)
+            more = message.get("more_body", False)
+        if size > limit:
+            raise BodyTooLarge
+
+
 class StripeEndpoint:
     """Receives deliveries for the system that `system()` names at the time of the call, None before the start."""
 
-    def __init__(self, system: Callable[[], System | None]) -> None:
+    def __init__(self, system: Callable[[], System | None], bodies: Bodies) -> None:
         self._system = system
-        #: Bytes of the bodies of which not all came yet.
-        self.bytes_arriving = 0
+        #: What it reads bodies with.
+        self.bodies = bodies
 
     @property
     def system(self) -> System | None:
@@ -83,7 +134,7 @@ class StripeEndpoint:
         receipt: Receipt | ShadowReceipt
         try:
             receipt = await self._receive(scope, receive, shadow)
-        except _ClientLeft:
+        except ClientLeft:
             happened("client_left")
         except asyncio.CancelledError:
             # A server that stops gives up on whoever still waits; unanswered, that would be called an error of ours.
@@ -111,10 +162,7 @@ class StripeEndpoint:
                 length = value
             elif name == b"traceparent":
                 caller = value
-        limit = system.settings.max_body_bytes
-        if length is not None and length.isdigit() and int(length[:12]) > limit:
-            raise BodyTooLarge
-        body = await self._body(receive, limit)
+        body = await self.bodies.read(receive, system.settings.max_body_bytes, length)
         if shadow:
             return await system.shadow.receive(body, signature)
         try:
@@ -125,46 +173,12 @@ class StripeEndpoint:
         system.alerts.signatures.accepted(body)
         return receipt
 
-    async def _body(self, receive: Receive, limit: int) -> bytes:
-        message = await receive()
-        body: bytes = message.get("body", b"")
-        if not message.get("more_body", False):
-            if message["type"] == "http.disconnect":
-                raise _ClientLeft
-            if len(body) > limit:
-                raise BodyTooLarge
-            return body
-        parts = [body]
-        self.bytes_arriving += len(body)
-        try:
-            async with asyncio.timeout(BODY_SECONDS):
-                await self._rest_of_body(receive, parts, limit)
-        except TimeoutError:
-            raise BodyTooSlow from None
-        finally:
-            self.bytes_arriving -= sum(map(len, parts))
-        return b"".join(parts)
-
-    async def _rest_of_body(self, receive: Receive, parts: list[bytes], limit: int) -> None:
-        size, more = len(parts[0]), True
-        while more and size <= limit:
-            if self.bytes_arriving > MOST_BYTES_ARRIVING:
-                raise TooMuchArriving
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise _ClientLeft
-            part: bytes = message.get("body", b"")
-            parts.append(part)
-            size += len(part)
-            self.bytes_arriving += len(part)
-            more = message.get("more_body", False)
-        if size > limit:
-            raise BodyTooLarge
-
 
 def _reason(error: ReceiveError) -> str:
     if isinstance(error, SignatureError):
         return f"signature_{error.reason}"
+    if isinstance(error, RoadKeyInvalid):
+        return "api_key"
     if isinstance(error, PayloadError):
         return "payload"
     if isinstance(error, BodyTooLarge):
@@ -175,7 +189,7 @@ def _reason(error: ReceiveError) -> str:
 
 
 def count_refusal(error: ReceiveError) -> None:
-    """Note that a delivery was refused."""
+    """Count a refused delivery by its reason, and log it."""
     reason = _reason(error)
     telemetry.REJECTED.labels(reason).inc()
     happened("delivery_rejected", reason=reason)
@@ -191,7 +205,7 @@ def refusal(error: ReceiveError) -> Answer:
     answer = _answer(error.status, {"detail": error.detail})
     if error.retry_after is not None:
         answer.headers.append((b"retry-after", str(error.retry_after).encode()))
-    if isinstance(error, _UNREAD):
+    if isinstance(error, UNREAD):
         answer.headers.append(CLOSE)
     return answer
 

@@ -86,8 +86,8 @@ class _Delivery:
             self._timer = loop.call_later(webhooks.BODY_SECONDS, self._refuse, BodyTooSlow())
         came = sum(map(len, self._parts)) - self._arriving
         self._arriving += came
-        self._endpoint.bytes_arriving += came
-        if self._endpoint.bytes_arriving > webhooks.MOST_BYTES_ARRIVING:
+        self._endpoint.bodies.arriving += came
+        if self._endpoint.bodies.arriving > webhooks.MOST_BYTES_ARRIVING:
             self._refuse(TooMuchArriving())
 
     def complete(self) -> None:
@@ -120,7 +120,7 @@ class _Delivery:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-            self._endpoint.bytes_arriving -= self._arriving
+            self._endpoint.bodies.arriving -= self._arriving
 
     def _answered(self, event: Event, answer: Message | ReceiveError) -> None:
         if isinstance(answer, ReceiveError):

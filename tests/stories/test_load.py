@@ -428,12 +428,17 @@ async def test_a_delivery_that_outlasts_the_grace_is_answered_503(
     url, db = slow_database
     [port] = free_ports(1)
     env = _env(url, tmp_path, PORT=str(port), KAMIYO_WORKER="false") | {"KAMIYO_SHUTDOWN_GRACE": "1"}
-    async with _alone("serve", env, tmp_path) as server, db.transaction():
+    async with _alone("serve", env, tmp_path) as server:
         await listening([port])
-        await db.execute("LOCK TABLE webhook_events IN SHARE MODE")
+        # Not a lock, which is waited for only so long.
+        await db.execute(
+            "CREATE FUNCTION slowly() RETURNS trigger LANGUAGE plpgsql AS "
+            "'BEGIN PERFORM pg_sleep(60); RETURN NEW; END';"
+            "CREATE TRIGGER slowly BEFORE INSERT ON webhook_events FOR EACH ROW EXECUTE FUNCTION slowly()"
+        )
         answer = asyncio.create_task(post(port, event_json()))
-        await until(lambda: _waits(db))
-        await _stopped(server)
+        await until(lambda: db.fetchval("SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'"))
+        assert await _stopped(server) < 1 + _MARGIN
         assert (await answer).status == "503"
 
 
