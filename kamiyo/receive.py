@@ -249,10 +249,11 @@ class Receiver:
                 continue
             try:
                 await self._commit(db, group)
-            except (*DATABASE_ERRORS, asyncio.CancelledError) as error:
+            except asyncio.CancelledError as error:
                 self._refuse(group, error)
-                if isinstance(error, asyncio.CancelledError):
-                    raise
+                raise
+            except DATABASE_ERRORS as error:
+                self._refuse(group, error)
                 if isinstance(error, TimeoutError):
                     # There may be nobody at the other end any more: a lost route ends no connection. The next group
                     # gets another one.
