@@ -31,6 +31,18 @@ WHERE failed >= 5 AND failed > 0.2 * (processed + failed);
 SELECT event_id, extract(epoch FROM now() - next_try_at)::float8 AS seconds FROM webhook_events
 WHERE next_try_at IS NOT NULL ORDER BY next_try_at, seq LIMIT 1;
 
+-- name: reads_overdue
+-- How many events wait until their object is read (100,000 at most), which of them longest and how long, and what is known
+-- of why.
+SELECT oldest.event_id, extract(epoch FROM now() - oldest.read_due_at)::float8 AS seconds, b.opened_at, b.refused_what,
+       (SELECT count(*) FROM (SELECT FROM webhook_events WHERE read_due_at <= now() LIMIT 100000) AS waiting) AS count
+FROM (SELECT event_id, read_due_at FROM webhook_events WHERE read_due_at IS NOT NULL ORDER BY read_due_at LIMIT 1) AS oldest
+LEFT JOIN webhook_api_budget AS b ON true;
+
+-- name: stripe_refuses
+-- What Stripe refuses the key for.
+SELECT refused_what, refused_at FROM webhook_api_budget WHERE refused_at IS NOT NULL;
+
 -- name: never_came
 -- What the last comparison with Stripe's list found missing; told until one finds nothing.
 SELECT missed, finished_at FROM webhook_reconciliation WHERE missed > 0;

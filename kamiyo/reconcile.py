@@ -86,17 +86,14 @@ async def reconcile(
 
 
 async def keep_reconciling(pool: Pool, api: StripeApi, rng: random.Random) -> None:
-    """Compare every fifteen minutes, one process of many, until cancelled; then close `api`."""
-    try:
-        while True:
-            try:
-                await reconcile(pool, api, at_least_every=EVERY_SECONDS)
-            except _NOT_NOW as error:
-                happened("reconcile_failed", error=type(error).__name__)
-            # Shorter than the interval: the process whose turn it was may have gone.
-            await asyncio.sleep(rng.uniform(0.9, 1.1) * EVERY_SECONDS / 5)
-    finally:
-        await api.close()
+    """Compare every fifteen minutes, one process of many, until cancelled."""
+    while True:
+        try:
+            await reconcile(pool, api, at_least_every=EVERY_SECONDS)
+        except _NOT_NOW as error:
+            happened("reconcile_failed", error=type(error).__name__)
+        # Shorter than the interval: the process whose turn it was may have gone.
+        await asyncio.sleep(rng.uniform(0.9, 1.1) * EVERY_SECONDS / 5)
 
 
 def _event(said: dict[str, object]) -> Event | None:

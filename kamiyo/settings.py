@@ -57,7 +57,10 @@ class Settings(BaseSettings):
         "Make one with: openssl rand -hex 32",
     )
     stripe_secret_key: SecretStr = _setting(
-        "STRIPE_SECRET_KEY", SecretStr(""), "Stripe API key (sk_… or rk_…). Receiving works without it."
+        "STRIPE_SECRET_KEY",
+        SecretStr(""),
+        "Stripe API key (sk_… or rk_…). Receiving works without it; "
+        "thin events, ties and events that were never delivered need it.",
     )
     stripe_api_base: str = _setting(
         "STRIPE_API_BASE", "https://api.stripe.com", "Where Stripe's API is; another address only for tests."
@@ -228,6 +231,11 @@ class Settings(BaseSettings):
     def webhook_secrets(self) -> tuple[str, ...]:
         """The signing secrets, in the order given."""
         return tuple(part.strip() for part in self.stripe_webhook_secret.get_secret_value().split(",") if part.strip())
+
+    def may_read(self, *, livemode: bool) -> bool:
+        """Whether objects of this mode can be read from Stripe. To a key of the other mode they do not exist."""
+        key = self.stripe_secret_key.get_secret_value()
+        return bool(key) and ("_live_" in key) == livemode
 
     @property
     def handler_modules(self) -> tuple[str, ...]:

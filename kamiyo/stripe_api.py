@@ -42,8 +42,20 @@ class StripeRefused(StripeError):
     """Stripe refuses the key or the request; asking again does not help."""
 
 
+class StripeKeyRefused(StripeRefused):
+    """Stripe refuses the key for `what` (401, 403): a person must give it what it lacks, or set another."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"Stripe refuses STRIPE_SECRET_KEY for {what}")
+        self.what = what
+
+
 class StripeGone(StripeError):
-    """Stripe has no such object."""
+    """Stripe has no such object, as of `second`: see `Reply`."""
+
+    def __init__(self, message: str, second: int) -> None:
+        super().__init__(message)
+        self.second = second
 
 
 class StripeUnavailable(StripeError):
@@ -85,7 +97,13 @@ class StripeApi:
         )
         self._pool = pool
         self._rate = settings.stripe_api_rate
+        self._patience = settings.stripe_api_timeout
         self.livemode = "_live_" in key
+
+    async def pause(self) -> float:
+        """Seconds until Stripe may be asked again: 0 unless the circuit is open."""
+        async with self._pool.acquire(timeout=10) as db:
+            return float(await db.fetchval(_SQL["pause"]))
 
     async def close(self) -> None:
         """Let go of the connections."""
@@ -97,16 +115,25 @@ class StripeApi:
         """GET `path` (`/v1/…`) with `params`; its JSON object.
 
         Waits for the budget and for Stripe, up to `patience` seconds; then raises StripeUnavailable. Raises StripeGone
-        for a 404 and StripeRefused for anything else that asking again cannot mend.
+        for a 404, StripeKeyRefused for 401 and 403, and StripeRefused for anything else that asking again cannot mend.
         """
         try:
             async with asyncio.timeout(patience):
                 while True:
                     await self._wait_for_budget()
                     try:
-                        return await self._get(path, account, params or {})
+                        reply = await self._get(path, account, params or {})
                     except StripeUnavailable as busy:
                         await self._note("refused", busy.after)
+                    except StripeKeyRefused as refused:
+                        await self._note("key_refused", refused.what)
+                        raise
+                    except StripeError:
+                        await self._note("answered", _kind(path, 403))
+                        raise
+                    else:
+                        await self._note("answered", _kind(path, 403))
+                        return reply
         except TimeoutError as error:
             raise StripeUnavailable(f"Stripe did not answer {path} within {patience:g} s") from error
 
@@ -156,15 +183,15 @@ class StripeApi:
             raise StripeUnavailable("Stripe: too many requests", _retry_after(error)) from error
         except (stripe.AuthenticationError, stripe.PermissionError) as error:
             # The library's message can quote the key.
-            raise StripeRefused(f"Stripe refuses STRIPE_SECRET_KEY for GET {path} ({error.http_status})") from None
+            raise StripeKeyRefused(_kind(path, error.http_status)) from None
         except stripe.InvalidRequestError as error:
             if error.http_status == 404:
-                raise StripeGone(f"Stripe has nothing at {path}") from None
+                second = _began(error.headers or {}, time.monotonic() - began)
+                raise StripeGone(f"Stripe has nothing at {path}", second) from None
             raise StripeRefused(f"Stripe refuses GET {path}: {error.code or error.http_status}") from None
         except (stripe.APIConnectionError, stripe.APIError) as error:
             raise StripeUnavailable(f"Stripe is away: {type(error).__name__}") from error
         took = time.monotonic() - began
-        await self._note("answered")
         value = json.loads(reply.body)
         if not isinstance(value, dict):
             raise StripeRefused(f"Stripe answered GET {path} with something that is no object")
@@ -173,7 +200,7 @@ class StripeApi:
     async def _wait_for_budget(self) -> None:
         while True:
             async with self._pool.acquire(timeout=10) as db:
-                wait = await db.fetchval(_SQL["take"], float(self._rate))
+                wait = await db.fetchval(_SQL["take"], float(self._rate), self._patience)
                 if wait is None:
                     await db.execute(_SQL["begin"])
                     continue
@@ -182,9 +209,14 @@ class StripeApi:
             # Never through the night: somebody else may have been answered meanwhile.
             await asyncio.sleep(min(wait, 1.0))
 
-    async def _note(self, query: str, *parameters: float) -> None:
+    async def _note(self, query: str, parameter: float | str) -> None:
         async with self._pool.acquire(timeout=10) as db:
-            await db.execute(_SQL[query], *parameters)
+            await db.execute(_SQL[query], parameter)
+
+
+def _kind(path: str, status: int | None) -> str:
+    """What was asked for, without saying for which object: `GET /v1/customers (403)`."""
+    return f"GET {'/'.join(path.split('/')[:3])} ({status})"
 
 
 def _began(headers: Mapping[str, str], took: float) -> int:

@@ -110,6 +110,12 @@ _LEVELS: dict[str, int] = {
     # asking Stripe
     "reconciled": _INFO,
     "reconcile_failed": _WARNING,
+    "objects_read": _INFO,
+    "object_gone": _WARNING,
+    "reads_wait": _WARNING,
+    "read_refused": _ERROR,
+    "tie_settled": _INFO,
+    "reader_failed": _ERROR,
     # telling people
     "alert_told": _INFO,
     "alert_failed": _WARNING,
@@ -156,12 +162,12 @@ def happened(name: str, /, **facts: Any) -> None:
 
 def label_types(types: Iterable[str]) -> None:
     """Give these event types labels of their own in the metrics: those that handlers are registered for."""
-    _labelled.update(types)
+    _labelled.update(name.removeprefix("v1.") for name in types)
 
 
 def label(event_type: str) -> str:
-    """The bounded `event_type` label."""
-    return event_type if event_type in _labelled else "other"
+    """The bounded `event_type` label. A thin event has its own where its snapshot has."""
+    return event_type if event_type.removeprefix("v1.") in _labelled else "other"
 
 
 class QueueGauges(Collector):
@@ -184,6 +190,8 @@ _GAUGES = {
     "webhook_backlog_events": ("backlog", "Events waiting or in work."),
     "webhook_oldest_due_seconds": ("oldest_due_seconds", "How long the oldest due event has waited."),
     "webhook_dead_events": ("dead", "Events that are dead: each needs a person."),
+    "webhook_waiting_reads": ("waiting_reads", "Events that wait until their object is read from Stripe."),
+    "webhook_stripe_circuit_open": ("circuit_open", "1 while Stripe does not answer, and everybody who asks it waits."),
     "webhook_missed_events": ("missed", "Events Stripe had and we did not, in the last comparison with its list."),
     "webhook_database_up": ("database_up", "1 while the database answers."),
 }

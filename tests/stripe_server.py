@@ -102,6 +102,8 @@ class StripeServer:
         """`GET /v1/customers/{id}` and the like; anything else that was shown as well, by its plural."""
         collection = request.path_params["collection"]
         object_type = _COLLECTIONS.get(collection, collection.removesuffix("s"))
+        if request.url.path.startswith("/v2/core/"):
+            object_type = f"v2.core.{object_type}"
         one = self.objects.get((_account(request), object_type, request.path_params["id"]))
         return JSONResponse(one) if one is not None else _missing()
 
@@ -186,6 +188,7 @@ async def stripe_server() -> AsyncIterator[StripeServer]:
             _route(stripe, "/v1/webhook_endpoints", stripe.list_endpoints),
             _route(stripe, "/v1/{collection}", stripe.list_objects),
             _route(stripe, "/{version:str}/{collection}/{id}", stripe.read_object),
+            _route(stripe, "/v2/core/{collection}/{id}", stripe.read_object),
             _route(stripe, "/{path:path}", stripe.nothing, methods=("GET", "HEAD")),
         ]
     )

@@ -26,7 +26,7 @@ FLOORS: list[set[str]] = [
     {"ties"},
     {"reads"},
     {"handlers", "rebuild", "alerts", "simulator"},
-    {"receive", "reconcile", "conform", "doctor"},
+    {"receive", "reconcile", "reader", "conform", "doctor"},
     {"worker"},
     {"web"},
     {"cli"},

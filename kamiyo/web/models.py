@@ -86,7 +86,7 @@ class EventSummary(BaseModel):
     event_id: str
     event_type: str
     status: Literal["pending", "processing", "processed", "failed"]
-    outcome: Literal["projected", "handled", "ignored"] | None
+    outcome: Literal["projected", "handled", "ignored", "paired"] | None
     created_at: datetime = Field(description="When it was committed here.")
     stripe_created: datetime = Field(description="Stripe's `created`, in whole seconds.")
     processed_at: datetime | None

@@ -14,6 +14,7 @@ from kamiyo.alerts import Alerts
 from kamiyo.database import DATABASE_ERRORS, UNAVAILABLE, Pool
 from kamiyo.errors import DatabaseUnavailable, KamiyoError
 from kamiyo.postgres import EmbeddedPostgres
+from kamiyo.reader import Reader
 from kamiyo.receive import Receiver
 from kamiyo.reconcile import keep_reconciling
 from kamiyo.settings import Settings
@@ -65,17 +66,18 @@ async def running(settings: Settings) -> AsyncIterator[System]:
             application="kamiyo",
             idle_limit=settings.handler_timeout + settings.idle_limit,
         )
-        system = System(
-            settings, url, pool, Receiver(pool, settings), Worker(pool, url, settings), Alerts(pool, settings)
-        )
+        asks = settings.worker and settings.stripe_secret_key.get_secret_value()
+        api = StripeApi(pool, settings) if asks else None
+        worker = Worker(pool, url, settings, reader=Reader(pool, api) if api else None)
+        system = System(settings, url, pool, Receiver(pool, settings), worker, Alerts(pool, settings))
         aside: list[asyncio.Task[None]] = []
         try:
             with contextlib.suppress(DatabaseUnavailable, *UNAVAILABLE):
                 await _make_ready(system)
             system._tasks = [asyncio.create_task(_serve(system), name="kamiyo")]
             aside = [asyncio.create_task(system.alerts.run(), name="kamiyo alerts")]
-            if settings.worker and settings.reconcile and settings.stripe_secret_key.get_secret_value():
-                comparing = keep_reconciling(pool, StripeApi(pool, settings), random.Random())  # noqa: S311 - for jitter
+            if api is not None and settings.reconcile:
+                comparing = keep_reconciling(pool, api, random.Random())  # noqa: S311 - for jitter
                 aside.append(asyncio.create_task(comparing, name="kamiyo reconcile"))
             happened("started", worker=settings.worker, environment=settings.environment.value)
             # Longer than a handler may take, so that only one that the limit cannot reach is met by it.
@@ -91,6 +93,8 @@ async def running(settings: Settings) -> AsyncIterator[System]:
             for task in aside:
                 task.cancel()
             await _stop(system)
+            if api is not None:
+                await api.close()
             happened("stopped")
 
 

@@ -1,0 +1,548 @@
+"""Stories of thin events: they name an object, which is read from Stripe; and of their twins, which show it."""
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import asyncpg
+import pytest
+
+from kamiyo import alerts, database, inbox
+from kamiyo.database import Connection
+from kamiyo.event import Event
+from kamiyo.handlers import Registry
+from kamiyo.reader import Reader
+from kamiyo.stripe_api import StripeApi
+from kamiyo.worker import Worker
+from tests.conftest import Log, MakeSettings, event_json, fresh_id
+from tests.stripe_server import KEY, StripeServer, stripe_server
+from tests.turns import billing, due_now, example, put, row_of, statuses
+
+#: Some second at Stripe that is over.
+NOW = int(time.time()) - 3600
+
+
+def thin_json(
+    kind: str, about: dict[str, Any] | None, event_id: str = "", *, created: int = NOW, **envelope: Any
+) -> bytes:
+    """A thin event as Stripe words it; it names `about`."""
+    related = {}
+    if about:
+        url = f"/v1/{about['object']}s/{about['id']}"
+        related = {"related_object": {"id": about["id"], "type": about["object"], "url": url}}
+    return json.dumps(
+        {
+            "id": event_id or fresh_id("evt_65"),
+            "object": "v2.core.event",
+            "type": kind,
+            "livemode": False,
+            "created": time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(created)),
+            "context": None,
+            **related,
+            **envelope,
+        }
+    ).encode()
+
+
+@dataclass
+class House:
+    """A worker and a reader of one process, whose turns the test takes, and the Stripe that they ask."""
+
+    stripe: StripeServer
+    worker: Worker
+    reader: Reader
+    api: StripeApi
+
+    async def work(self, db: Connection) -> None:
+        """Until nothing is due any more, to be run or to be read."""
+        while await self.worker.run_once(db) or await self.reader.run_once():
+            pass
+
+
+@contextlib.asynccontextmanager
+async def house(
+    url: str, settings: MakeSettings, stripe: StripeServer, registry: Registry | None = None, **changes: Any
+) -> AsyncIterator[House]:
+    changed = {"STRIPE_SECRET_KEY": KEY, "STRIPE_API_BASE": stripe.base, "KAMIYO_STRIPE_API_RATE": 100, **changes}
+    own = registry if registry is not None else Registry()
+    pool = await database.open_pool(url, size=12, application="house", idle_limit=60)
+    api = StripeApi(pool, settings(**changed))
+    try:
+        reader = Reader(pool, api, own)
+        yield House(stripe, Worker(pool, url, settings(**changed), own, reader=reader), reader, api)
+    finally:
+        await api.close()
+        pool.terminate()
+
+
+@pytest.fixture
+async def stripe() -> AsyncIterator[StripeServer]:
+    async with stripe_server() as server:
+        yield server
+
+
+async def waiting(db: Connection) -> list[str]:
+    found = await db.fetch("SELECT event_id FROM webhook_events WHERE read_due_at IS NOT NULL ORDER BY event_id")
+    return [event_id for (event_id,) in found]
+
+
+# ── Read ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_many_thin_events_of_one_object_make_one_read_and_go_through_its_customers_lane(
+    db: Connection, database_url: str, settings: MakeSettings, stripe: StripeServer
+) -> None:
+    own, seen = Registry(), []
+
+    @own.on("invoice.paid")
+    async def sees(event: Event, db: Connection) -> None:
+        seen.append((event.type, event.object["id"], event.object["status"], event.customer))
+
+    invoice = example("invoice", id="in_1", customer="cus_1", status="paid")
+    stripe.show(invoice, example("customer", id="cus_1", name="Ada"))
+    kinds = ("created", "finalized", "paid", "payment_succeeded", "updated")
+    bodies = [thin_json(f"v1.invoice.{kind}", invoice, f"evt_65{kind}") for kind in kinds]
+    await put(db, *bodies, thin_json("v1.customer.created", {"id": "cus_1", "object": "customer"}, "evt_65customer"))
+    async with house(database_url, settings, stripe, own) as here:
+        assert await here.worker.run_once(db) == 6
+        assert len(await waiting(db)) == 6
+        assert await here.worker.run_once(db) == 0, "nobody claims them meanwhile"
+        await here.work(db)
+
+    assert sorted(stripe.paths) == ["/v1/customers/cus_1", "/v1/invoices/in_1"]
+    assert seen == [("v1.invoice.paid", "in_1", "paid", "cus_1")]
+    rows = await db.fetch("SELECT event_id, outcome, customer, lane, attempts FROM webhook_events")
+    assert len({row["lane"] for row in rows}) == 1
+    assert {row["customer"] for row in rows} == {"cus_1"}
+    assert {row["event_id"]: row["outcome"] for row in rows} == {
+        **{f"evt_65{kind}": "handled" if kind == "paid" else "projected" for kind in kinds},
+        "evt_65customer": "projected",
+    }
+    tables = await billing(db)
+    assert tables["invoices", "in_1"]["status"] == "paid"
+    assert tables["invoices", "in_1"]["last_webhook_event_id"] in {f"evt_65{kind}" for kind in kinds}
+    assert tables["customers", "cus_1"]["name"] == "Ada"
+
+    # One that comes late tells of nothing that was not read already.
+    await put(db, thin_json("v1.invoice.sent", invoice, created=NOW - 5))
+    async with house(database_url, settings, stripe, own) as here:
+        await here.work(db)
+    assert len(stripe.paths) == 2
+    assert set((await statuses(db)).values()) == {"processed"}
+
+
+async def test_a_second_must_be_over_at_stripe_before_it_is_asked_about(
+    db: Connection, database_url: str, settings: MakeSettings, stripe: StripeServer
+) -> None:
+    ada = example("customer", id="cus_1", name="Ada")
+    stripe.show(ada)
+    stripe.ahead = NOW - time.time()  # by Stripe's clock the event happens just now
+    await put(db, thin_json("v1.customer.updated", ada, "evt_65a"))
+    async with house(database_url, settings, stripe) as here:
+        await here.worker.run_once(db)
+        assert await here.reader.run_once() == 1
+        assert await waiting(db) == ["evt_65a"], "what it said may be from before the event"
+        assert await here.reader.run_once() == 0, "not at once again"
+        stripe.ahead += 10
+        await db.execute("UPDATE webhook_events SET read_try_at = now()")
+        await here.work(db)
+    assert (await row_of(db, "evt_65a"))["outcome"] == "projected"
+
+
+async def test_an_event_from_the_future_is_read_all_the_same(
+    db: Connection, database_url: str, settings: MakeSettings, stripe: StripeServer
+) -> None:
+    ada = example("customer", id="cus_1", name="Ada")
+    stripe.show(ada)
+    stripe.ahead = 10.0  # so that nobody has to wait here
+    await put(db, thin_json("v1.customer.updated", ada, "evt_65a", created=int(time.time()) + 86400))
+    async with house(database_url, settings, stripe) as here:
+        await here.worker.run_once(db)
+        due_in = await db.fetchval("SELECT extract(epoch FROM read_due_at - now()) FROM webhook_events")
+        assert due_in < 10
+        await db.execute("UPDATE webhook_events SET read_try_at = now()")
+        await here.work(db)
+    assert (await row_of(db, "evt_65a"))["outcome"] == "projected"
+
+
+async def test_a_thin_deletion_and_a_thin_detachment_end_what_was_known(
+    db: Connection, database_url: str, settings: MakeSettings, stripe: StripeServer
+) -> None:
+    ada, draft = example("customer", id="cus_1", name="Ada"), example("invoice", id="in_1", status="draft")
+    card = example("payment_method", id="pm_1", customer="cus_1")
+    objects = (ada, draft, card)
+    stripe.show(*objects)
+    async with house(database_url, settings, stripe) as here:
+        await put(db, *(thin_json(f"v1.{one['object']}.updated", one) for one in objects))
+        await here.work(db)
+        stripe.show({"id": "cus_1", "object": "customer", "deleted": True}, {**card, "customer": None})
+        stripe.forget("invoice", "in_1")
+        ends = (("customer.deleted", ada), ("invoice.deleted", draft), ("payment_method.detached", card))
+        await put(db, *(thin_json(f"v1.{kind}", one, created=NOW + 9) for kind, one in ends))
+        await here.work(db)
+    tables = await billing(db)
+    assert (tables["customers", "cus_1"]["name"], tables["customers", "cus_1"]["deleted_at"]) == ("Ada", NOW + 9)
+    assert tables["invoices", "in_1"]["deleted_at"] == NOW + 9
+    assert tables["invoices", "in_1"]["status"] == "draft"
+    assert (tables["payment_methods", "pm_1"]["detached_at"], tables["payment_methods", "pm_1"]["customer"]) == (
+        NOW + 9,
+        None,
+    )
+    assert set((await statuses(db)).values()) == {"processed"}
+
+
+async def test_what_stripe_does_not_have_is_processed_with_nothing_to_tell(
+    db: Connection, database_url: str, settings: MakeSettings, stripe: StripeServer, log: Log
+) -> None:
+    own, seen = Registry(), []
+
+    @own.on("v1.charge.succeeded", "v1.customer.updated")
+    async def sees(event: Event, db: Connection) -> None:
+        seen.append((event.type, event.object))
+
+    stripe.show({"id": "ch_1", "object": "charge", "amount": 5, "customer": "cus_9"})
+    await put(
+        db,
+        thin_json("v1.customer.updated", {"id": "cus_1", "object": "customer"}, "evt_65a"),
+        thin_json("v1.subscription_schedule.created", {"id": "sub_sched_1", "object": "subscription_schedule"}),
+        thin_json("v1.charge.succeeded", {"id": "ch_1", "object": "charge"}, "evt_65c"),
+    )
+    async with house(database_url, settings, stripe, own) as here:
+        await here.work(db)
+    assert sorted(stripe.paths) == ["/v1/charges/ch_1", "/v1/customers/cus_1"], "what nobody wants is not read"
+    assert sorted(kind for kind, _ in seen) == ["v1.charge.succeeded", "v1.customer.updated"]
+    assert dict(seen)["v1.charge.succeeded"]["amount"] == 5
+    assert dict(seen)["v1.customer.updated"] == {}
+    assert await billing(db) == {}, "it may be of another account: no life ends by that"
+    assert (await row_of(db, "evt_65c"))["customer"] == "cus_9"
+    assert [line["object_id"] for line in log() if line["event"] == "object_gone"] == ["cus_1"]
+
+
+async def test_pings_and_unknown_types_end_ignored(
+    db: Connection, database_url: str, settings: MakeSettings, stripe: StripeServer
+) -> None:
+    ping = {"id": "ed_1", "object": "v2.core.event_destination"}
+    await put(
+        db,
+        thin_json("v2.core.event_destination.ping", ping),
+        thin_json("v3.nobody.knows", {"id": "x_1", "object": "x"}),
+        thin_json("v1.invoice.upcoming", None, data={"customer": "cus_1"}),
+    )
+    async with house(database_url, settings, stripe) as here:
+        await here.work(db)
+    assert stripe.paths == []
+    found = await db.fetch("SELECT status, outcome FROM webhook_events")
+    assert {tuple(row) for row in found} == {("processed", "ignored")}
+
+
+async def test_without_a_key_for_their_mode_thin_events_show_nothing_and_only_who_asked_for_them_gets_them(
+    db: Connection, database_url: str, settings: MakeSettings, stripe: StripeServer
+) -> None:
+    own, seen = Registry(), []
+
+    @own.on("invoice.paid", "v1.customer.created")
+    async def sees(event: Event, db: Connection) -> None:
+        seen.append((event.type, event.object))
+
+    about = {"id": "in_1", "object": "invoice"}
+    ada = {"id": "cus_1", "object": "customer"}
+    for key, livemode in (("", False), (KEY, True)):
+        seen.clear()
+        await put(
+            db,
+            thin_json("v1.invoice.paid", about, livemode=livemode),
+            thin_json("v1.customer.created", ada, livemode=livemode),
+        )
+        pool = await database.open_pool(database_url, size=2, application="keyless", idle_limit=60)
+        worker = Worker(pool, database_url, settings(STRIPE_SECRET_KEY=key), own)
+        while await worker.run_once(db):
+            pass
+        pool.terminate()
+        assert seen == [("v1.customer.created", {})]
+        found = await db.fetch("SELECT event_type, outcome FROM webhook_events")
+        assert {tuple(row) for row in found} == {("v1.invoice.paid", "ignored"), ("v1.customer.created", "handled")}
+    assert stripe.paths == [], "the key of the other mode would find nothing, and that would be believed"
+
+
+async def test_the_object_of_an_event_that_stripe_could_not_make_is_read(
+    db: Connection, database_url: str, settings: MakeSettings, stripe: StripeServer
+) -> None:
+    sub = example("subscription", id="sub_1", customer="cus_1", status="past_due")
+    kind = "v2.core.health.event_generation_failure.resolved"
+    related = {"id": "sub_1", "type": "subscription", "url": "/v1/subscriptions/sub_1"}
+    impact = {"event_type": "customer.subscription.updated", "related_object": related}
+    stripe.show(sub, {"id": "evt_65h", "object": "v2.core.event", "type": kind, "data": {"impact": impact}})
+    await put(db, thin_json(kind, None, "evt_65h"))
+    async with house(database_url, settings, stripe) as here:
+        await here.work(db)
+    assert stripe.paths == ["/v2/core/events/evt_65h", "/v1/subscriptions/sub_1"]
+    row = (await billing(db))["subscriptions", "sub_1"]
+    assert (row["status"], row["last_webhook_event_id"]) == ("past_due", "evt_65h")
+    assert (await row_of(db, "evt_65h"))["status"] == "processed"
+
+
+# ── Twins ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def pair(kind: str, shown: dict[str, Any]) -> tuple[bytes, bytes]:
+    """One occurrence, told by a snapshot and by a thin event."""
+    snapshot = event_json("evt_snap", kind, shown, created=NOW)
+    return snapshot, thin_json(f"v1.{kind}", shown, "evt_65thin", snapshot_event="evt_snap")
+
+
+@pytest.mark.parametrize("name", ["invoice.paid", "v1.invoice.paid", "both"])
+@pytest.mark.parametrize("order", ["snapshot first", "thin first", "together"])
+async def test_an_occurrence_is_handled_once_whoever_tells_it_first(
+    order: str, name: str, db: Connection, database_url: str, settings: MakeSettings, stripe: StripeServer
+) -> None:
+    own, seen = Registry(), []
+
+    @own.on(*(["invoice.paid", "v1.invoice.paid"] if name == "both" else [name]))
+    async def sees(event: Event, db: Connection) -> None:
+        seen.append((event.id, event.object["id"]))
+
+    paid = example("invoice", id="in_1", customer="cus_1", status="paid")
+    stripe.show(paid)
+    snapshot, thin = pair("invoice.paid", paid)
+    together = [[snapshot, thin]]
+    batches = {"snapshot first": [[snapshot], [thin]], "thin first": [[thin], [snapshot]], "together": together}
+    async with house(database_url, settings, stripe, own) as here:
+        for batch in batches[order]:
+            await put(db, *batch)
+            await here.work(db)
+    first = "evt_65thin" if order == "thin first" else "evt_snap"
+    assert seen == [(first, "in_1")]
+    outcomes = dict(await db.fetch("SELECT event_id, outcome FROM webhook_events"))
+    assert outcomes == {first: "handled", ({"evt_snap", "evt_65thin"} - {first}).pop(): "paired"}
+    assert len(stripe.paths) == (order == "thin first"), "what a snapshot has shown needs no read"
+
+
+@pytest.mark.parametrize("first", ["snapshot", "thin"])
+async def test_of_twins_in_two_workers_hands_one_waits_for_what_becomes_of_the_other(
+    first: str, db: Connection, database_url: str, settings: MakeSettings, stripe: StripeServer
+) -> None:
+    own, seen = Registry(), []
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    @own.on("invoice.paid")
+    async def slow(event: Event, db: Connection) -> None:
+        begun.set()
+        await go_on.wait()
+        seen.append(event.id)
+
+    # Different lanes, as where Stripe names the customer to one of them only.
+    paid = example("invoice", id="in_1", customer=None, customer_account=None, status="paid")
+    stripe.show({**paid, "customer": "cus_1"})
+    snapshot, thin = pair("invoice.paid", paid)
+    if first == "thin":
+        snapshot, thin = thin, snapshot
+    other = await database.connect(database_url, application="other worker")
+    async with house(database_url, settings, stripe, own) as here:
+        await put(db, snapshot)
+        if first == "thin":
+            await here.worker.run_once(db)
+            await here.reader.run_once()
+        slowly = asyncio.create_task(here.worker.run_once(db))
+        await begun.wait()
+        await put(other, thin)
+        await here.worker.run_once(other)
+        if first == "snapshot":
+            await here.reader.run_once()
+            await here.worker.run_once(other)
+        left = await other.fetch("SELECT status, attempts FROM webhook_events WHERE status = 'pending'")
+        assert [tuple(row) for row in left] == [("pending", 0)], "it was given back untried"
+        go_on.set()
+        await slowly
+        await due_now(db)
+        await here.work(db)
+    await other.close()
+    assert seen == [{"snapshot": "evt_snap", "thin": "evt_65thin"}[first]]
+    assert set((await statuses(db)).values()) == {"processed"}
+
+
+@pytest.mark.parametrize("first", ["snapshot", "thin"])
+async def test_when_one_twin_failed_the_other_does_it_and_the_failed_one_has_nothing_left_to_do(
+    first: str, db: Connection, database_url: str, settings: MakeSettings, stripe: StripeServer
+) -> None:
+    own, seen = Registry(), []
+
+    @own.on("invoice.paid")
+    async def fails_once(event: Event, db: Connection) -> None:
+        seen.append(event.id)
+        if len(seen) == 1:
+            raise ValueError("not yet")
+
+    paid = example("invoice", id="in_1", customer="cus_1", status="paid")
+    stripe.show(paid)
+    both = pair("invoice.paid", paid)
+    async with house(database_url, settings, stripe, own, KAMIYO_FIRST_RETRY_DELAY=3600) as here:
+        for body in both if first == "snapshot" else both[::-1]:
+            await put(db, body)
+            await here.work(db)
+        order = ["evt_snap", "evt_65thin"] if first == "snapshot" else ["evt_65thin", "evt_snap"]
+        assert await statuses(db) == {order[0]: "failed", order[1]: "processed"}
+        await due_now(db)
+        await here.work(db)
+    assert seen == order
+    assert (await row_of(db, order[0]))["outcome"] == "paired"
+
+
+async def test_a_twin_that_was_cleaned_up_still_counts(
+    db: Connection, database_url: str, settings: MakeSettings, stripe: StripeServer
+) -> None:
+    own, seen = Registry(), []
+
+    @own.on("invoice.paid")
+    async def sees(event: Event, db: Connection) -> None:
+        seen.append(event.id)
+
+    paid = example("invoice", id="in_1", customer="cus_1", status="paid")
+    stripe.show(paid)
+    snapshot, thin = pair("invoice.paid", paid)
+    async with house(database_url, settings, stripe, own) as here:
+        await put(db, snapshot)
+        await here.work(db)
+        assert await inbox.prune(db, await db.fetchval("SELECT now() + interval '1 minute'")) == 1
+        await put(db, thin)
+        await here.work(db)
+    assert seen == ["evt_snap"]
+
+
+# ── When Stripe does not give it ────────────────────────────────────────────────────────────────────────────
+
+
+async def test_while_stripe_is_away_events_wait_nothing_fails_and_people_can_see_it(
+    db: Connection, database_url: str, settings: MakeSettings, stripe: StripeServer
+) -> None:
+    ada = example("customer", id="cus_1", name="Ada")
+    stripe.show(ada)
+    stripe.faults = [500] * 3
+    await put(db, thin_json("v1.customer.updated", ada, "evt_65a"), event_json("evt_other"))
+    async with house(database_url, settings, stripe) as here:
+        await here.worker.run_once(db)
+        assert (await inbox.queue(db))["waiting_reads"] == 1
+        asking = asyncio.create_task(here.reader.run_once())
+        while not (await inbox.queue(db))["circuit_open"]:  # noqa: ASYNC110 - a row that another task writes
+            await asyncio.sleep(0.005)
+        assert await here.reader.run_once() == 0, "nobody begins anything while the circuit is open"
+        await asking
+        assert (await inbox.queue(db))["circuit_open"] == 0
+        await here.work(db)
+    assert len(stripe.paths) == 4
+    assert await statuses(db) == {"evt_65a": "processed", "evt_other": "processed"}
+    assert await db.fetchval("SELECT count(*) FROM webhook_failures") == 0
+
+
+async def test_a_refused_key_keeps_events_waiting_and_is_told_until_it_is_mended(
+    db: Connection, database_url: str, settings: MakeSettings, stripe: StripeServer, log: Log
+) -> None:
+    ada = example("customer", id="cus_1", name="Ada")
+    stripe.show(ada, example("invoice", id="in_1"))
+    stripe.forbidden = {"/v1/customers"}
+    await put(db, thin_json("v1.customer.updated", ada, "evt_65a"))
+    async with house(database_url, settings, stripe) as here:
+        await here.work(db)
+        assert await waiting(db) == ["evt_65a"]
+        # Another kind of object is answered; that mends nothing for this one.
+        await put(db, thin_json("v1.invoice.updated", {"id": "in_1", "object": "invoice"}, "evt_65i"))
+        await here.work(db)
+        told = {one.key: one for one in await alerts.find(db)}
+        assert "GET /v1/customers (403)" in told["stripe_refuses"].body
+        late = "UPDATE webhook_events SET read_due_at = now() - interval '6 minutes' WHERE read_due_at IS NOT NULL"
+        await db.execute(late)
+        assert "evt_65a" in {one.key: one for one in await alerts.find(db)}["reads_overdue"].body
+        assert (await inbox.health(db))["status"] == "degraded"
+
+        stripe.forbidden = set()
+        await db.execute("UPDATE webhook_events SET read_try_at = now() WHERE read_try_at IS NOT NULL")
+        await here.work(db)
+        assert await alerts.find(db) == []
+    assert await statuses(db) == {"evt_65a": "processed", "evt_65i": "processed"}
+    assert "sk_test" not in json.dumps(log())
+
+
+async def test_an_object_that_stripe_will_never_give_makes_its_event_dead_with_the_reason(
+    db: Connection, database_url: str, settings: MakeSettings, stripe: StripeServer
+) -> None:
+    own = Registry()
+
+    @own.on("v2.money.moved")
+    async def nothing(event: Event, db: Connection) -> None: ...
+
+    stripe.faults = [400]
+    about = {"id": "mm_1", "object": "v2.money"}
+    await put(db, thin_json("v2.money.moved", about, "evt_65a"))
+    async with house(database_url, settings, stripe, own) as here:
+        await here.work(db)
+        row = await row_of(db, "evt_65a")
+        assert (row["status"], row["next_try_at"]) == ("failed", None)
+        [failure] = await db.fetch("SELECT error_type, error_message FROM webhook_failures")
+        assert failure["error_type"] == "StripeRefused"
+        assert "/v1/v2.moneys/mm_1" in failure["error_message"]
+        stripe.objects["", "v2.money", "mm_1"] = about
+        await inbox.retry(db, "evt_65a")
+        await here.work(db)
+    assert (await row_of(db, "evt_65a"))["outcome"] == "handled"
+
+
+# ── Ties ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_what_no_event_decides_is_read_by_one_of_many(
+    db: Connection, database_url: str, settings: MakeSettings, stripe: StripeServer
+) -> None:
+    shown: Sequence[dict[str, Any]] = [
+        example("customer", id="cus_1", name="Ada"),
+        example("subscription", id="sub_1", customer="cus_1", status="active"),
+        example("payment_method", id="pm_1", customer="cus_1"),
+    ]
+    types = ("customer.updated", "customer.subscription.updated", "payment_method.updated")
+    bodies = [
+        event_json(None, kind, {**one, "metadata": {"k": now}}, previous={"metadata": {"k": before}}, created=NOW)
+        for one, kind in zip(shown, types, strict=True)
+        for now, before in (("1", "2"), ("2", "1"))
+    ]
+    await put(db, *bodies)
+    async with house(database_url, settings, stripe) as here, house(database_url, settings, stripe) as there:
+        await here.work(db)
+        assert {row["order_evidence"] for row in (await billing(db)).values()} == {"undecided"}
+        stripe.show(*({**one, "metadata": {"k": "1"}} for one in shown[:2]))  # and the card is nowhere any more
+        settled = await asyncio.gather(*(one.reader.settle_undecided(every=60) for one in (here, there)))
+        assert sorted(settled) == [0, 2]
+        assert sorted(stripe.paths) == ["/v1/customers/cus_1", "/v1/payment_methods/pm_1", "/v1/subscriptions/sub_1"]
+        tables = await billing(db)
+        assert [tables[place]["metadata"] for place in (("customers", "cus_1"), ("subscriptions", "sub_1"))] == [
+            {"k": "1"},
+            {"k": "1"},
+        ]
+        evidence = {place[1]: row["order_evidence"] for place, row in tables.items()}
+        assert evidence == {"cus_1": "decided", "sub_1": "decided", "pm_1": "undecided"}
+        await db.execute("UPDATE webhook_api_budget SET undecided_try_at = now()")
+        assert await here.reader.settle_undecided() == 0
+        assert len(stripe.paths) == 3, "what Stripe does not have is not asked for again and again"
+
+
+async def test_two_readers_read_nothing_twice(
+    db: Connection, database_url: str, settings: MakeSettings, stripe: StripeServer
+) -> None:
+    objects = [example("customer", id=f"cus_{number}") for number in range(30)]
+    stripe.show(*objects)
+    await put(db, *(thin_json("v1.customer.updated", one) for one in objects for _ in range(3)))
+    async with house(database_url, settings, stripe) as here, house(database_url, settings, stripe) as there:
+        while await here.worker.run_once(db):
+            pass
+        other: asyncpg.Connection[Any] = await database.connect(database_url, application="other")
+
+        async def work(one: House, own: Connection) -> None:
+            while await waiting(own):
+                await one.reader.run_once()
+
+        await asyncio.gather(work(here, db), work(there, other))
+        await here.work(db)
+        await other.close()
+    assert sorted(stripe.paths) == sorted(f"/v1/customers/cus_{number}" for number in range(30))
+    assert set((await statuses(db)).values()) == {"processed"}
