@@ -37,7 +37,9 @@ _LEASE_SECONDS = 90.0
 _PATIENCE_SECONDS = 30.0
 # After Stripe refused the key. A new key comes with a restart, and what it may read with none.
 _REFUSED_SECONDS = 60.0
-_AWAY_SECONDS = 5.0
+# After Stripe did not give an object: later the longer it has waited already, so that one that Stripe fails on is not
+# in the way of the others.
+_AWAY_SECONDS, _AWAY_MOST_SECONDS = 5.0, 60.0
 # An answer from before the event's second was over: Stripe's clock is behind ours.
 _TOO_EARLY_SECONDS = 1.0
 
@@ -151,7 +153,7 @@ class Reader:
                 await self._read_named(read)
         except StripeUnavailable as error:
             self._say_waiting(str(error))
-            await self._not_yet(key, _AWAY_SECONDS)
+            await self._not_yet(key, _AWAY_SECONDS, most=_AWAY_MOST_SECONDS)
         except StripeKeyRefused as error:
             happened("read_refused", reason=error.what)
             await self._not_yet(key, _REFUSED_SECONDS)
@@ -168,7 +170,7 @@ class Reader:
 
     async def _ask(self, wanted: _Object) -> Read:
         try:
-            reply = await self._api.read(wanted.path, account=wanted.account, patience=_PATIENCE_SECONDS)
+            reply = await self._api.read(wanted.path, account=wanted.account, patience=_PATIENCE_SECONDS, once=True)
         except StripeGone as gone:
             happened("object_gone", object_id=wanted.object_id)
             read = wanted.read(b"", gone.second)
@@ -183,13 +185,13 @@ class Reader:
             lane = lane_of(read.account, customer) if customer else None
             await projections.keep_reads(db, [read])
             ready = await db.fetch(_SQL["ready"], *key, float(read.second), customer, lane)
-            await db.execute(_SQL["not_yet"], *key, _TOO_EARLY_SECONDS)
+            await db.execute(_SQL["not_yet"], *key, _TOO_EARLY_SECONDS, 0.0)
         if ready:
             happened("objects_read", count=1, events=len(ready))
 
-    async def _not_yet(self, key: tuple[str, str, bool], seconds: float) -> None:
+    async def _not_yet(self, key: tuple[str, str, bool], seconds: float, *, most: float = 0.0) -> None:
         async with self._pool.acquire(timeout=10) as db:
-            await db.execute(_SQL["not_yet"], *key, seconds * self._rng.uniform(0.8, 1.2))
+            await db.execute(_SQL["not_yet"], *key, seconds * self._rng.uniform(0.8, 1.2), most)
 
     async def _refuse(self, key: tuple[str, str, bool], error_type: str, reason: str) -> None:
         fingerprint = handlers.failure_of(StripeRefused(reason)).fingerprint

@@ -51,8 +51,10 @@ WHERE (e.object_id = $1 OR e.event_id = $1) AND e.account = $2 AND e.livemode = 
 RETURNING e.event_id, pg_notify('webhook_events', '');
 
 -- name: not_yet
--- The others of that object are to be read again in $4 seconds.
-UPDATE webhook_events SET read_try_at = clock_timestamp() + make_interval(secs => $4)
+-- The others of that object are to be read again in $4 seconds, or later the longer they wait: up to $5.
+UPDATE webhook_events
+SET read_try_at = clock_timestamp()
+                  + make_interval(secs => greatest($4, least(extract(epoch FROM now() - read_due_at)::float8 / 4, $5)))
 WHERE (object_id = $1 OR event_id = $1) AND account = $2 AND livemode = $3 AND read_due_at IS NOT NULL
   AND status = 'pending';
 

@@ -110,12 +110,19 @@ class StripeApi:
         await self._http.close_async()
 
     async def read(
-        self, path: str, params: Mapping[str, Any] | None = None, *, account: str = "", patience: float = 60.0
+        self,
+        path: str,
+        params: Mapping[str, Any] | None = None,
+        *,
+        account: str = "",
+        patience: float = 60.0,
+        once: bool = False,
     ) -> Reply:
         """GET `path` (`/v1/…`) with `params`; its JSON object.
 
-        Waits for the budget and for Stripe, up to `patience` seconds; then raises StripeUnavailable. Raises StripeGone
-        for a 404, StripeKeyRefused for 401 and 403, and StripeRefused for anything else that asking again cannot mend.
+        Waits for the budget and for Stripe, up to `patience` seconds; then raises StripeUnavailable. With `once`, so
+        does the first answer that is none (429, 5xx): the caller has others to ask about. Raises StripeGone for a 404,
+        StripeKeyRefused for 401 and 403, and StripeRefused for anything else that asking again cannot mend.
         """
         try:
             async with asyncio.timeout(patience):
@@ -125,6 +132,8 @@ class StripeApi:
                         reply = await self._get(path, account, params or {})
                     except StripeUnavailable as busy:
                         await self._note("refused", busy.after)
+                        if once:
+                            raise
                     except StripeKeyRefused as refused:
                         await self._note("key_refused", refused.what)
                         raise

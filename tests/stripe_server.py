@@ -35,9 +35,9 @@ class StripeServer:
     """Stripe's state, and how it feels.
 
     `events` (newest first) and webhook `endpoints` are as the API lists them; objects are put in with `show`. `faults`
-    are what goes wrong with the next answers, one each: a status (429, 500…) or HANGS. `retry_after` goes with a 429.
-    Every answer takes `slow` seconds. What begins with a path in `forbidden` is answered 403. Stripe's clock (`Date`)
-    is `ahead` seconds before this machine's. `asked` are the queries, `paths` the paths, `asked_at` the moments (of
+    are what goes wrong with the next answers, one each: a status (429, 500…; 200: nothing) or HANGS. `retry_after` goes
+    with a 429. Every answer takes `slow` seconds. What begins with a path in `forbidden` is answered 403. Stripe's
+    clock (`Date`) is `ahead` seconds before this machine's. `asked` are the queries, `paths` the paths, `asked_at` the moments (of
     time.monotonic) of all requests so far, and `accounts` whose the requests were about.
     """
 
@@ -133,6 +133,8 @@ class StripeServer:
             return _error(403, "invalid_request_error", f"The key {KEY} may not do that")
         if self.faults:
             status = self.faults.pop(0)
+            if status == 200:
+                return None
             if status == HANGS:
                 return _Silence()
             said = _error(status, "api_error", "a fault")
