@@ -205,7 +205,7 @@ SELECT event_id, pg_notify('webhook_events', '') FROM again;
 -- Newest first; every filter may be null. The conditions that only repeat a filter name the partial index that
 -- serves it.
 SELECT seq, event_id, event_type, status, outcome, created_at, stripe_created, processed_at, next_try_at, attempts,
-       processing_us, object_type, object_id, customer, account, context, livemode, api_version, thin, source
+       processing_us, object_type, object_id, customer, account, context, livemode, api_version, thin, source, read_due_at
 FROM webhook_events
 WHERE ($1::text IS NULL OR status = $1)
   AND ($1 IS DISTINCT FROM 'failed' OR failed_at IS NOT NULL)

@@ -37,8 +37,8 @@ class StripeServer:
     `events` (newest first) and webhook `endpoints` are as the API lists them; objects are put in with `show`. `faults`
     are what goes wrong with the next answers, one each: a status (429, 500…; 200: nothing) or HANGS. `retry_after` goes
     with a 429. Every answer takes `slow` seconds. What begins with a path in `forbidden` is answered 403. Stripe's
-    clock (`Date`) is `ahead` seconds before this machine's. `asked` are the queries, `paths` the paths, `asked_at` the moments (of
-    time.monotonic) of all requests so far, and `accounts` whose the requests were about.
+    clock (`Date`) is `ahead` seconds before this machine's. `asked` are the queries, `paths` the paths, `asked_at` the
+    moments (of time.monotonic) of all requests so far, and `accounts` whose the requests were about.
     """
 
     events: list[dict[str, Any]] = field(default_factory=list)

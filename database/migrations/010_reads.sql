@@ -93,7 +93,7 @@ CREATE OR REPLACE VIEW webhook_health_check AS
     WITH day AS (
         SELECT coalesce(sum(received), 0)::bigint AS events, coalesce(sum(failed), 0)::bigint AS failed
         FROM webhook_counts_since(now() - interval '24 hours')
-    ), due AS (
+    ), due AS MATERIALIZED (
         SELECT greatest(extract(epoch FROM now() - least(
                    (SELECT min(next_try_at) FROM webhook_events WHERE next_try_at IS NOT NULL),
                    (SELECT min(read_due_at) FROM webhook_events WHERE read_due_at IS NOT NULL))), 0)::float8 AS seconds

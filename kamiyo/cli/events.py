@@ -92,6 +92,7 @@ def show_event(
     for name in (
         "attempts",
         "next_try_at",
+        "read_due_at",
         "object_type",
         "object_id",
         "customer",
