@@ -136,8 +136,8 @@ def _contradictions(undecided: int) -> list[Concern]:
         return []
     title = f"{wording.plural(undecided, 'billing row')} {'is' if undecided == 1 else 'are'} undecided"
     text = (
-        "Two events of one second contradict each other and nothing in them says which is later. With STRIPE_SECRET_KEY "
-        "they are read from Stripe by themselves; without, the object's next event decides."
+        "Two events of one second contradict each other and nothing in them says which is later. With "
+        "STRIPE_SECRET_KEY they are read from Stripe by themselves; without, the object's next event decides."
     )
     return [Concern("warn", title, text, "Which", "/undecided")]
 
