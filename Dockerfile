@@ -9,9 +9,12 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=igno
 RUN python -m venv /opt/kamiyo
 WORKDIR /src
 # What changes seldom comes first: a change of ours builds only the last layer anew.
-COPY requirements.txt ./
-RUN /opt/kamiyo/bin/pip install --require-hashes -r requirements.txt
-COPY pyproject.toml requirements.in README.md ./
+COPY requirements.txt requirements-otel.txt ./
+# Traces: docker build --build-arg OTEL=yes
+ARG OTEL=
+RUN /opt/kamiyo/bin/pip install --require-hashes -r requirements.txt \
+    && if [ -n "$OTEL" ]; then /opt/kamiyo/bin/pip install --require-hashes -r requirements-otel.txt; fi
+COPY pyproject.toml requirements.in requirements-otel.in README.md ./
 COPY kamiyo kamiyo
 COPY api api
 COPY database database

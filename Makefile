@@ -19,7 +19,7 @@ endif
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help run test check lock clean
+.PHONY: help run test properties check lock clean
 
 help: ## Say what there is
 	@echo "Kamiyo Webhooks"
@@ -31,8 +31,17 @@ help: ## Say what there is
 run: $(VENV)/.runtime $(VENV)/.project ## Set up if need be, and start on http://127.0.0.1:8000 (PORT=9000: another port)
 	@exec $(PY) -m kamiyo serve --dev $(ARGS)
 
+# Side by side on as many cores as there are, four at most; what runs against the clock comes after, one by one.
 test: $(VENV)/.dev $(VENV)/.project ## Run the tests (ARGS="tests/test_event.py -x")
+ifeq ($(ARGS),)
+	@$(PY) -m pytest -q -n auto --maxprocesses 4 --dist worksteal -m "not alone"
+	@$(PY) -m pytest -q -m alone
+else
 	@$(PY) -m pytest $(ARGS)
+endif
+
+properties: $(VENV)/.dev $(VENV)/.project ## The laws of order, tried for much longer than the tests do (THOROUGHNESS=10)
+	@KAMIYO_THOROUGHNESS=$(or $(THOROUGHNESS),10) $(PY) -m pytest -q -n auto --timeout 3600 tests/test_order.py tests/test_ties.py
 
 check: $(VENV)/.dev $(VENV)/.project ## Lint, format, types, security, known vulnerabilities
 	$(PY) -m ruff check .
@@ -43,10 +52,11 @@ check: $(VENV)/.dev $(VENV)/.project ## Lint, format, types, security, known vul
 		2>$(VENV)/.audit.log | $(PY) -c "$$AUDIT" $(VENV)/.audit.log
 
 lock: $(VENV)/.dev ## Write the lock files from requirements*.in (ARGS=--upgrade: newest versions)
-	@set -e; for name in requirements requirements-dev; do \
+	@set -e; for name in requirements requirements-otel requirements-dev; do \
 		cp $$name.txt $(VENV)/lock.txt; \
 		$(PY) -m uv pip compile -q --no-config --universal --python-version 3.11 --generate-hashes \
-			--no-emit-index-url --no-annotate --no-header $(ARGS) $$name.in -o $(VENV)/lock.txt >/dev/null; \
+			--no-emit-index-url --no-annotate --no-header $(ARGS) $$name.in \
+			$$([ $$name = requirements ] || echo --constraint requirements.txt) -o $(VENV)/lock.txt >/dev/null; \
 		if cmp -s $(VENV)/lock.txt $$name.txt; then echo "$$name.txt is as it was."; \
 		else cp $(VENV)/lock.txt $$name.txt; echo "$$name.txt is new; the next make installs it."; fi; \
 	done

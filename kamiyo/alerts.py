@@ -222,8 +222,9 @@ async def find(db: Connection) -> list[Incident]:
             Incident(
                 "overdue",
                 "Events wait too long",
-                f"{overdue['event_id']} has been due for {overdue['seconds'] / 60:.0f} minutes. Is a worker running "
-                "(kamiyo worker, or KAMIYO_WORKER on in a server)? Or do handlers take longer than events come?",
+                f"{overdue['event_id']} has been due for {overdue['seconds'] / 60:.0f} minutes"
+                f"{_and_more(overdue['due'] - 1)}. Is a worker running (kamiyo worker, or KAMIYO_WORKER on in a "
+                "server)? Or do handlers take longer than events come?",
                 "/events?status=pending",
             )
         )
@@ -285,6 +286,10 @@ async def _unread(db: Connection) -> list[Incident]:
             )
         )
     return found
+
+
+def _and_more(many: int) -> str:
+    return f", and {many} more {'is' if many == 1 else 'are'} due" if many else ""
 
 
 def _mode(body: bytes) -> bool | None:

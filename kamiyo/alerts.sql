@@ -27,8 +27,10 @@ SELECT event_type, processed, failed FROM webhook_counts_since(now() - interval 
 WHERE failed >= 5 AND failed > 0.2 * (processed + failed);
 
 -- name: overdue
--- How long the oldest due event has waited, in seconds, and which it is.
-SELECT event_id, extract(epoch FROM now() - next_try_at)::float8 AS seconds FROM webhook_events
+-- How long the oldest due event has waited, in seconds, which it is, and how many are due (10000: as many, or more).
+SELECT event_id, extract(epoch FROM now() - next_try_at)::float8 AS seconds,
+       (SELECT count(*) FROM (SELECT FROM webhook_events WHERE next_try_at <= now() LIMIT 10000) AS due) AS due
+FROM webhook_events
 WHERE next_try_at IS NOT NULL ORDER BY next_try_at, seq LIMIT 1;
 
 -- name: reads_overdue

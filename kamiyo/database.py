@@ -27,6 +27,12 @@ CHANNEL = "webhook_events"
 
 MIGRATIONS = Path(__file__).resolve().parent.parent / "database" / "migrations"
 
+# A migration may rewrite a large table, or wait for another process that does.
+_MIGRATION_SECONDS = 24 * 3600.0
+
+# The worker asks its listener's session for a sign every five seconds.
+_LISTENER_IDLE = "SET idle_session_timeout = '60s'"
+
 #: What asyncpg and the operating system raise when PostgreSQL is away, going away, or refuses to commit now.
 UNAVAILABLE: tuple[type[BaseException], ...] = (
     OSError,
@@ -85,11 +91,17 @@ async def open_pool(url: str, *, size: int, application: str, idle_limit: float)
     return pool
 
 
-async def connect(url: str, *, application: str) -> "asyncpg.Connection[asyncpg.Record]":
-    """One connection. Raises DatabaseUnavailable with a sentence for the person who set the address."""
+async def connect(url: str, *, application: str, patience: float | None = None) -> "asyncpg.Connection[asyncpg.Record]":
+    """One connection. Raises DatabaseUnavailable with a sentence for the person who set the address.
+
+    `patience` is how many seconds an answer may take, unless a call says otherwise; None is for ever.
+    """
     try:
         return await asyncpg.connect(
-            url, timeout=5, server_settings={"application_name": application, "timezone": "UTC"}
+            url,
+            timeout=5,
+            command_timeout=patience,
+            server_settings={"application_name": application, "timezone": "UTC"},
         )
     except _CANNOT_CONNECT as error:
         raise DatabaseUnavailable(
@@ -150,7 +162,7 @@ async def migrate(db: Connection, *, report: Callable[[str], None] = lambda name
     await _refuse_foreign_tables(db, missing)
     for name in missing:
         try:
-            await db.execute((MIGRATIONS / f"{name}.sql").read_text(encoding="utf-8"))
+            await db.execute((MIGRATIONS / f"{name}.sql").read_text(encoding="utf-8"), timeout=_MIGRATION_SECONDS)
         except asyncpg.RaiseError as error:
             await db.execute("ROLLBACK")
             raise ForeignTables(f"{error}. {getattr(error, 'hint', '') or ''}".strip()) from error
@@ -175,12 +187,14 @@ async def require_migrations(db: Connection) -> None:
 @contextlib.asynccontextmanager
 async def listening(url: str, heard: Callable[[], None]) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
     """Call `heard()` for every notice on CHANNEL while the block runs. Whether it lasts is the caller's to watch."""
-    db = await connect(url, application="kamiyo listener")
+    db = await connect(url, application="kamiyo listener", patience=10)
 
     def on_notice(*_: Any) -> None:
         heard()
 
     try:
+        # Of a process that was cut off nothing stays behind.
+        await db.execute(_LISTENER_IDLE)
         await db.add_listener(CHANNEL, on_notice)
         yield db
     finally:

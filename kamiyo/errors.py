@@ -12,6 +12,7 @@
     │   └── Unavailable          503 · not committed, so Stripe must deliver again
     │       ├── SecretMissing    no signing secret is configured
     │       ├── Overloaded       more is waiting than can be committed soon
+    │       ├── TooMuchArriving  more of half-received bodies is held than there is memory for
     │       └── DatabaseUnavailable   PostgreSQL cannot be had
     └── AdminError               an operator's call is refused; carries the HTTP answer
         ├── AdminKeyInvalid      401
@@ -121,6 +122,13 @@ class Overloaded(Unavailable):
     """More deliveries are waiting for their commit than will get it in good time."""
 
     detail = "Too many events are waiting to be stored"
+    retry_after = 2
+
+
+class TooMuchArriving(Unavailable):
+    """More bytes of half-received bodies are held than a server has memory for: many slow senders at once."""
+
+    detail = "Too many bodies are arriving at once"
     retry_after = 2
 
 

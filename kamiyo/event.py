@@ -82,6 +82,13 @@ class Event:
         return self.snapshot_event or self.id
 
     @property
+    def request_id(self) -> str | None:
+        """The API request that caused it (`req_…`); None where Stripe did it by itself, or does not say."""
+        request = self.payload.get("request")
+        # Until 2017-05-25 it was the id itself.
+        return _name(request.get("id") if isinstance(request, dict) else request)
+
+    @property
     def lane(self) -> int:
         """The number (31 bits) under which events that must run one at a time are serialised.
 

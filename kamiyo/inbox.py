@@ -121,7 +121,9 @@ async def put(db: Connection, events: Sequence[Event], *, source: str = "webhook
 
     `events` must not name an id twice. One statement: outside a transaction it is one commit.
     """
-    known: list[asyncpg.Record] = await db.fetch(_SQL["put"], [_arrival(event) for event in events], source)
+    known: list[asyncpg.Record] = await db.fetch(
+        _SQL["put"], [_arrival(event) for event in events], [event.body for event in events], source
+    )
     return {event_id: Status(status) for event_id, status in known}
 
 
@@ -151,13 +153,15 @@ async def put_projected(
     """
     by_table = [[projections.composite(row) for row in rows if row.table == table] for table in TABLES]
     told = [_arrival(a.event, a.outcome and a.outcome.value, microseconds) for a in arrivals]
-    known, left = {}, set()
-    for event_id, status, is_new in await db.fetch(_SQL["receive"], told, *by_table, source):
+    bodies = [a.event.body for a in arrivals]
+    lanes = [*{a.event.lane for a in arrivals if a.outcome}]
+    known, left = {}, {a.event.id for a in arrivals if not a.outcome}
+    for event_id, status, is_new in await db.fetch(_SQL["receive"], told, bodies, lanes, *by_table, source):
         if is_new:
             left.add(event_id)
         else:
             known[event_id] = Status(status)
-    return Stored(known, left)
+    return Stored(known, left - known.keys())
 
 
 async def ensure_partitions(db: Connection) -> int:
@@ -184,6 +188,14 @@ async def claim(db: Connection, limit: int) -> tuple[int, list[Claimed]]:
 async def unlock(db: Connection) -> None:
     """Let go of every lane this session holds."""
     await db.execute(_SQL["unlock"])
+
+
+async def end_silent(db: Connection, after: float) -> int:
+    """End the sessions of this application that went silent in mid-question over `after` seconds ago; return how many.
+
+    Whatever they held is free then. `after` must be longer than any process may take between two messages.
+    """
+    return int(await db.fetchval(_SQL["end_silent"], after))
 
 
 async def start(db: Connection, claim_number: int, event_id: str, attempt: int) -> None:
@@ -419,7 +431,7 @@ def _replayable(filters: Filters) -> Filters:
 def _arrival(e: Event, outcome: str | None = None, microseconds: int = 0) -> tuple[Any, ...]:
     return (
         *(e.id, e.type, e.created, e.livemode, e.thin, e.account, e.context, e.api_version),
-        *(e.object_type, e.object_id, e.customer, e.snapshot_event, e.lane, e.body, outcome, microseconds),
+        *(e.object_type, e.object_id, e.customer, e.snapshot_event, e.lane, outcome, microseconds),
     )
 
 

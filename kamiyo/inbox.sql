@@ -10,14 +10,14 @@
 -- name: put
 -- Stores new events with their bodies, for the workers; one statement, one commit. Returns what is already known.
 WITH incoming AS (
-    SELECT * FROM unnest($1::webhook_arrival[])
+    SELECT a.*, a.unnest AS body FROM ROWS FROM (unnest($1::webhook_arrival[]), unnest($2::bytea[])) AS a
 ), stored AS (
     INSERT INTO webhook_events (
         event_id, event_type, stripe_created, livemode, thin, account, context, api_version,
         object_type, object_id, customer, snapshot_event, lane, next_try_at, source
     )
     SELECT event_id, event_type, to_timestamp(stripe_created), livemode, thin, account, context, api_version,
-           object_type, object_id, customer, snapshot_event, lane, now(), $2
+           object_type, object_id, customer, snapshot_event, lane, now(), $3
     FROM incoming
     WHERE NOT EXISTS (SELECT FROM webhook_tombstones AS t WHERE t.event_id = incoming.event_id)
     -- Two servers may store the same events at once; in one order they cannot wait for each other in a ring.
@@ -42,8 +42,8 @@ WHERE s.event_id IS NULL;
 -- name: receive
 -- Stores new events, and processes those whose billing row is all they need: see 006_project_on_arrival.sql.
 SELECT known_event_id, known_status, is_new FROM webhook_receive(
-    $1::webhook_arrival[], $2::billing.customers_row[], $3::billing.subscriptions_row[], $4::billing.invoices_row[],
-    $5::billing.payment_methods_row[], $6
+    $1::webhook_arrival[], $2::bytea[], $3::integer[], $4::billing.customers_row[], $5::billing.subscriptions_row[],
+    $6::billing.invoices_row[], $7::billing.payment_methods_row[], $8
 );
 
 -- name: hold
@@ -89,6 +89,15 @@ SELECT nextval('webhook_claims');
 
 -- name: unlock
 SELECT pg_advisory_unlock_all();
+
+-- name: end_silent
+-- Ends the sessions of this application that fell silent in the middle of a question, or of an answer, over $1 seconds
+-- ago: their process was cut off or frozen there. PostgreSQL's own limits for silent sessions count between questions
+-- only, so such a session would keep its lanes and its row locks for as long as TCP believes in it, for hours.
+SELECT count(*) FILTER (WHERE pg_terminate_backend(pid)) FROM pg_stat_activity
+WHERE datname = current_database() AND usename = current_user AND pid <> pg_backend_pid()
+  AND application_name = current_setting('application_name')
+  AND state = 'active' AND wait_event_type = 'Client' AND state_change < clock_timestamp() - make_interval(secs => $1);
 
 -- name: start
 -- Counts a try before it is run, for an event that runs alone: should it take the process down, the try has counted.

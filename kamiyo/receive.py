@@ -15,7 +15,7 @@ from enum import StrEnum
 
 import asyncpg
 
-from kamiyo import handlers, inbox, projections, signature, telemetry
+from kamiyo import handlers, inbox, projections, signature, telemetry, tracing
 from kamiyo.database import DATABASE_ERRORS, Connection, Pool
 from kamiyo.errors import DatabaseUnavailable, Overloaded, SecretMissing, Unavailable
 from kamiyo.event import Event, parse
@@ -23,7 +23,7 @@ from kamiyo.handlers import Registry
 from kamiyo.inbox import Arrival, Outcome, Status, Stored
 from kamiyo.projections import Place, Row
 from kamiyo.settings import Settings
-from kamiyo.telemetry import happened
+from kamiyo.telemetry import happened, happened_to_each
 
 #: Events in one commit, at most: enough to spread its cost thin, few enough to keep a commit short.
 MOST_PER_COMMIT = 500
@@ -58,8 +58,15 @@ class _Waiting:
 class Receiver:
     """The door of one process. `run` must be running for `receive` to return."""
 
-    def __init__(self, pool: Pool, settings: Settings, registry: Registry = handlers.registry) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        settings: Settings,
+        registry: Registry = handlers.registry,
+        traces: tracing.Traces | None = None,
+    ) -> None:
         self._pool = pool
+        self._traces = traces
         self._registry = registry
         self._secrets = settings.webhook_secrets
         self._tolerance = settings.signature_tolerance
@@ -78,16 +85,38 @@ class Receiver:
         if not self._secrets:
             raise SecretMissing
 
-    async def receive(self, body: bytes, header: bytes | str | None) -> Receipt:
+    async def receive(self, body: bytes, header: bytes | str | None, caller: bytes | None = None) -> Receipt:
         """Verify `body`, store the event, and return once it is committed.
 
-        Raises SignatureError, PayloadError, or Unavailable; after any of them nothing is promised, and after the
-        first two nothing was written.
+        `caller` is the request's `traceparent` header, if it has one. Raises SignatureError, PayloadError, or
+        Unavailable; after any of them nothing is promised, and after the first two nothing was written.
         """
         now = time.time()
         signature.verify(body, header, self._secrets, now, self._tolerance)
         event = parse(body, received=now)
+        if self._traces is not None:
+            return Receipt(event.id, event.type, await self._store_traced(self._traces, event, now, caller))
         return Receipt(event.id, event.type, await self.store(event))
+
+    async def _store_traced(self, traces: tracing.Traces, event: Event, began: float, caller: bytes | None) -> Message:
+        message: Message | None = None
+        error = "cancelled"
+        try:
+            message = await self.store(event)
+            return message
+        except Unavailable as refusal:
+            error = type(refusal).__name__
+            raise
+        finally:
+            traces.received(
+                event.id,
+                event.type,
+                began=int(began * 1e9),
+                said=message.value if message else error,
+                copy=message not in (None, Message.received),
+                error=message is None,
+                caller=caller.decode("latin-1") if caller else None,
+            )
 
     async def store(self, event: Event) -> Message:
         """Join the next group commit. Raises Overloaded, or DatabaseUnavailable when the commit cannot be had."""
@@ -171,7 +200,19 @@ class Receiver:
             if status is None and waiting is not first[event_id]:
                 status = Status.pending
             _tell(waiting, _MESSAGES[status])
-        _count(first, stored, len(group), took)
+        _count(group, first, stored, took)
+        if self._traces is not None:
+            ended = tracing.now()
+            for event_id, waiting in first.items():
+                if event_id not in stored.known:
+                    self._traces.committed(
+                        event_id,
+                        waiting.event.type,
+                        began=ended - int(took * 1e9),
+                        ended=ended,
+                        group=len(group),
+                        processed=event_id not in stored.left,
+                    )
 
     async def _put(self, db: Connection, events: Sequence[Event], began: float) -> Stored:
         async with asyncio.timeout(self._commit_timeout):
@@ -195,11 +236,9 @@ class Receiver:
 
     def _refuse(self, group: Sequence[_Waiting], error: BaseException) -> None:
         if group:
-            happened(
-                "delivery_unavailable",
-                count=len(group),
-                event_ids=[waiting.event.id for waiting in group],
-                error=type(error).__name__,
+            reason = type(error).__name__
+            happened_to_each(
+                "delivery_unavailable", ({"event_id": waiting.event.id, "error": reason} for waiting in group)
             )
         for waiting in group:
             if not waiting.answer.done():
@@ -253,9 +292,9 @@ def ready_to_project(events: Sequence[Event], registry: Registry) -> tuple[list[
     return arrivals, [row for _, row in best.values()]
 
 
-def _count(first: dict[str, _Waiting], stored: Stored, deliveries: int, took: float) -> None:
+def _count(group: Sequence[_Waiting], first: dict[str, _Waiting], stored: Stored, took: float) -> None:
     telemetry.COMMIT.observe(took)
-    telemetry.BATCH.observe(deliveries)
+    telemetry.BATCH.observe(len(group))
     received: Counter[str] = Counter()
     processed: Counter[str] = Counter()
     for event_id, waiting in first.items():
@@ -269,16 +308,20 @@ def _count(first: dict[str, _Waiting], stored: Stored, deliveries: int, took: fl
     for label, count in processed.items():
         telemetry.EVENTS.labels(label, "processed").inc(count)
         for _ in range(count):
-            telemetry.DURATION.labels(label).observe(took / deliveries)
-    new = [event_id for event_id in first if event_id not in stored.known]
-    if new:
-        happened("event_received", count=len(new), event_ids=new)
+            telemetry.DURATION.labels(label).observe(took / len(group))
+    new = [waiting.event for event_id, waiting in first.items() if event_id not in stored.known]
+    happened_to_each("event_received", (_said_of(event) for event in new))
     if len(new) > len(stored.left):
-        done = [event_id for event_id in new if event_id not in stored.left]
-        happened("event_processed", count=len(done), event_ids=done)
-    if deliveries > len(new):
-        telemetry.DUPLICATES.inc(deliveries - len(new))
-        happened("duplicate_received", count=deliveries - len(new), event_ids=list(stored.known))
+        done = (event for event in new if event.id not in stored.left)
+        happened_to_each("event_processed", (_said_of(event) for event in done))
+    if len(group) > len(new):
+        telemetry.DUPLICATES.inc(len(group) - len(new))
+        copies = (w.event for w in group if w is not first[w.event.id] or w.event.id in stored.known)
+        happened_to_each("duplicate_received", (_said_of(event) for event in copies))
+
+
+def _said_of(event: Event) -> dict[str, str]:
+    return {"event_id": event.id, "event_type": event.type}
 
 
 __all__ = ["Message", "Receipt", "Receiver", "Unavailable"]

@@ -11,7 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -49,6 +49,13 @@ class Settings(BaseSettings):
         SecretStr(""),
         "Signing secret of the Stripe endpoint (whsec_…). Several, separated by commas, are all accepted: "
         "rotation, live and test, platform and Connect. Without one every delivery is answered 503.",
+    )
+    shadow_webhook_secret: SecretStr = _setting(
+        "STRIPE_SHADOW_WEBHOOK_SECRET",
+        SecretStr(""),
+        "Signing secret of a twin endpoint (…/stripe?shadow=1) on an API version that is to be tried: what it delivers "
+        "is only compared, see `kamiyo upgrade-report`. Never one of STRIPE_WEBHOOK_SECRET: so neither endpoint's "
+        "events can come in by the other's door.",
     )
     admin_api_key: SecretStr = _setting(
         "ADMIN_API_KEY",
@@ -188,6 +195,19 @@ class Settings(BaseSettings):
         le=600,
     )
     metrics: bool = _setting("KAMIYO_METRICS", True, "Answer /metrics for Prometheus; off: 404.")
+    traces: bool = _setting(
+        "KAMIYO_TRACES",
+        False,
+        "Record each event's way as an OpenTelemetry trace; needs kamiyo-webhooks[otel]. Where to and how many is said "
+        "by OpenTelemetry's own variables: OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_TRACES_SAMPLER, OTEL_SERVICE_NAME, …",
+    )
+    trace_url: str = _setting(
+        "KAMIYO_TRACE_URL",
+        "",
+        "Where a trace can be looked at, for the links on the dashboard; {trace_id} stands for its id: "
+        "https://jaeger.example.com/trace/{trace_id}",
+        pattern=r"^(https?://\S*\{trace_id\}\S*)?$",
+    )
     alert_urls: SecretStr = _setting(
         "ALERT_URLS",
         SecretStr(""),
@@ -227,10 +247,23 @@ class Settings(BaseSettings):
             raise ValueError("must be a PostgreSQL address: postgresql://user:password@host:5432/name")
         return value
 
+    @field_validator("shadow_webhook_secret")
+    @classmethod
+    def _is_another(cls, value: SecretStr, info: ValidationInfo) -> SecretStr:
+        real = info.data.get("stripe_webhook_secret")
+        if real is not None and set(_listed(value)) & set(_listed(real)):
+            raise ValueError("must be another than those of STRIPE_WEBHOOK_SECRET")
+        return value
+
     @property
     def webhook_secrets(self) -> tuple[str, ...]:
         """The signing secrets, in the order given."""
-        return tuple(part.strip() for part in self.stripe_webhook_secret.get_secret_value().split(",") if part.strip())
+        return _listed(self.stripe_webhook_secret)
+
+    @property
+    def shadow_secrets(self) -> tuple[str, ...]:
+        """The signing secrets of the twin endpoint; none where there is no such endpoint."""
+        return _listed(self.shadow_webhook_secret)
 
     def may_read(self, *, livemode: bool) -> bool:
         """Whether objects of this mode can be read from Stripe. To a key of the other mode they do not exist."""
@@ -253,6 +286,10 @@ class Settings(BaseSettings):
     def development(self) -> bool:
         """Whether this process may be generous to a newcomer."""
         return self.environment is Environment.development
+
+
+def _listed(secrets: SecretStr) -> tuple[str, ...]:
+    return tuple(part.strip() for part in secrets.get_secret_value().split(",") if part.strip())
 
 
 _Overrides = Annotated[Any, "values by environment variable name; they win over everything"]

@@ -20,7 +20,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from kamiyo import handlers, inbox, projections, reads, retry, telemetry, ties
+import asyncpg
+
+from kamiyo import handlers, inbox, projections, reads, retry, shadow, telemetry, ties, tracing
 from kamiyo.database import DATABASE_ERRORS, Connection, Pool, listening
 from kamiyo.errors import DatabaseUnavailable, KamiyoError
 from kamiyo.event import Event
@@ -29,7 +31,7 @@ from kamiyo.inbox import Claimed, ClaimLost, Outcome, Settled, Status, Twin
 from kamiyo.projections import ProjectionError, Row
 from kamiyo.reader import Reader
 from kamiyo.settings import Settings
-from kamiyo.telemetry import happened
+from kamiyo.telemetry import happened, happened_to_each
 
 #: Events of one transaction when handlers run in it. Each takes a savepoint, and PostgreSQL keeps the first 64 of a
 #: transaction in memory (PGPROC_MAX_CACHED_SUBXIDS); beyond that every other session's look at a row gets dearer.
@@ -69,6 +71,7 @@ class _Trial:
     waits_for_twin: bool = False
     # Its twin's handlers have run.
     paired: bool = False
+    trace: tracing.Try | None = None
 
     @property
     def event(self) -> Event:
@@ -86,6 +89,7 @@ class Worker:
     rng: random.Random = field(default_factory=random.Random)
     #: Reads what thin events are about; None: another process does.
     reader: Reader | None = None
+    traces: tracing.Traces | None = None
 
     def __post_init__(self) -> None:
         self._wake = asyncio.Event()
@@ -144,6 +148,10 @@ class Worker:
         except DATABASE_ERRORS as error:
             # What was claimed is undone, and found again by whoever looks next.
             happened("worker_turn_failed", error=type(error).__name__)
+            if isinstance(error, asyncpg.OutOfMemoryError):
+                # PostgreSQL's table of locks is full (max_locks_per_transaction): the next turns hold fewer lanes.
+                self._pace = min(2 * self._pace, _TURN_SECONDS)
+                asyncio.get_running_loop().call_later(0.1, self._wake.set)
             await asyncio.sleep(self.rng.uniform(0.1, 0.5))
 
     async def _listen(self) -> None:
@@ -171,7 +179,13 @@ class Worker:
         while True:
             try:
                 async with self.pool.acquire(timeout=10) as db:
+                    # As long as PostgreSQL waits between two questions: see `database.open_pool`.
+                    silent = await inbox.end_silent(db, self.settings.handler_timeout + self.settings.idle_limit)
+                    if silent:
+                        happened("silent_sessions_ended", count=silent)
+                        self.wake()
                     await inbox.fold_counts(db)
+                    await shadow.prune(db)
                     queue = await inbox.queue(db)
                     telemetry.QUEUE.numbers = {**{name: float(n) for name, n in queue.items()}, "database_up": 1.0}
                     if time.monotonic() >= partitions_at:
@@ -211,7 +225,7 @@ class Worker:
         for chunk in self._chunks(fit):
             if self._stopping or (tried and time.perf_counter() - began > _TURN_SECONDS):
                 await inbox.release(db, number, [claimed.event.id for claimed in chunk])
-                happened("claims_given_back", count=len(chunk))
+                happened_to_each("claim_given_back", ({"event_id": claimed.event.id} for claimed in chunk))
                 continue
             try:
                 tried += await self._run_chunk(db, number, chunk)
@@ -288,6 +302,8 @@ class Worker:
     async def _run_chunk(self, db: Connection, number: int, chunk: Sequence[Claimed]) -> int:
         """Handle and settle a chunk in one transaction; return how many of it were tried, the rest being given back."""
         trials = [_Trial(claimed, claimed.attempts + 1) for claimed in chunk]
+        if self.traces is not None:
+            self._trace(trials, number)
         if len(trials) == 1 and (chunk[0].suspect or self._handlers_of(trials[0].event)):
             await inbox.start(db, number, trials[0].event.id, trials[0].attempt)
         try:
@@ -317,6 +333,10 @@ class Worker:
         await self._pair(db, [trial for trial in trials if self._handlers_of(trial.event)])
         await _project(db, [trial for trial in trials if not trial.waits_for_twin])
         share = (time.perf_counter() - began) / len(trials)
+        if self.traces is not None:
+            for trial in trials:
+                if trial.trace and trial.row is not None:
+                    trial.trace.projected()
         savepoint = False
         handled: set[str] = set()
         for at, trial in enumerate(trials):
@@ -341,9 +361,13 @@ class Worker:
         untried = [trial.event.id for trial in trials if trial.untried]
         if untried:
             await inbox.release(db, number, untried)
-            happened("claims_given_back", count=len(untried))
+            happened_to_each("claim_given_back", ({"event_id": event_id} for event_id in untried))
         trials = [trial for trial in trials if not trial.untried and not trial.waits_for_twin]
         well = [trial for trial in trials if trial.error is None]
+        if self.traces is not None:
+            for trial in trials:
+                if trial.trace:
+                    trial.trace.settling()
         if well:
             settled = [Settled(t.event.id, t.outcome, t.attempt, int(t.seconds * 1e6)) for t in well]
             await inbox.succeed(db, number, settled)
@@ -389,7 +413,8 @@ class Worker:
                 if at:
                     # PostgreSQL ends a session that is silent for longer than one handler may be.
                     await db.execute("SELECT 1")
-                await handlers.run(db, event, [handler], timeout=self.settings.handler_timeout)
+                with trial.trace.handling(_name_of(handler)) if trial.trace else _UNTRACED:
+                    await handlers.run(db, event, [handler], timeout=self.settings.handler_timeout)
             trial.outcome = Outcome.handled
         except (Exception, SystemExit, asyncio.CancelledError) as error:
             # Raised by the handler, it is an error like any other; sent to this task, it means to stop.
@@ -440,6 +465,7 @@ class Worker:
 
     async def _fail_alone(self, db: Connection, number: int, claimed: Claimed, error: BaseException) -> None:
         trial = _Trial(claimed, min(claimed.attempts + 1, retry.MAX_ATTEMPTS), error=error)
+        self._trace([trial], number)
         with contextlib.suppress(ClaimLost):
             await self._record(db, number, trial)
             self._tell([trial])
@@ -447,6 +473,7 @@ class Worker:
     async def _record_death(self, db: Connection, number: int, claimed: Claimed) -> None:
         # The try was counted when it began.
         trial = _Trial(claimed, max(claimed.attempts, 1), error=WorkerDied("the worker process died while handling it"))
+        self._trace([trial], number)
         happened("worker_death_found", event_id=claimed.event.id, attempt=trial.attempt)
         with contextlib.suppress(ClaimLost):
             await self._record(db, number, trial)
@@ -463,21 +490,29 @@ class Worker:
             if db.is_closed():
                 raise
 
+    def _trace(self, trials: Sequence[_Trial], number: int) -> None:
+        if self.traces is not None:
+            for trial in trials:
+                trial.trace = self.traces.trying(trial.event.id, trial.event.type, number, trial.attempt)
+
     # ── Told after the commit, so that nothing is counted that was undone ────────────────────────────────────────
 
     def _tell(self, trials: Sequence[_Trial]) -> None:
         well = [trial for trial in trials if trial.error is None]
         if well:
-            happened("event_processed", count=len(well), event_ids=[trial.event.id for trial in well])
+            happened_to_each("event_processed", (_said_of(trial) for trial in well))
         for trial in trials:
             label = telemetry.label(trial.event.type)
             telemetry.DURATION.labels(label).observe(trial.seconds)
             if trial.error is None:
                 telemetry.EVENTS.labels(label, "processed").inc()
+                if trial.trace:
+                    trial.trace.ended(trial.outcome.value)
                 continue
-            facts = {"event_id": trial.event.id, "event_type": label, "attempt": trial.attempt}
             failure = handlers.failure_of(trial.error)
-            facts |= {"error": failure.error_type, "fingerprint": failure.fingerprint}
+            if trial.trace:
+                trial.trace.ended("failed", failure.error_type, failure.fingerprint)
+            facts = _said_of(trial) | {"error": failure.error_type, "fingerprint": failure.fingerprint}
             if self._retry_in(trial.error, trial.attempt) is None:
                 telemetry.EVENTS.labels(label, "failed").inc()
                 telemetry.DEAD.labels(label).inc()
@@ -485,6 +520,19 @@ class Worker:
             else:
                 telemetry.RETRIES.labels(label).inc()
                 happened("try_failed", **facts)
+
+
+_UNTRACED = contextlib.nullcontext()
+
+
+def _name_of(handler: handlers.Handler) -> str:
+    return getattr(handler, "__qualname__", "handler")
+
+
+def _said_of(trial: _Trial) -> dict[str, str | int | float]:
+    event = trial.event
+    took = round(trial.seconds * 1000, 3)
+    return {"event_id": event.id, "event_type": event.type, "attempt": trial.attempt, "took_ms": took}
 
 
 # A worker that dies while a handler's query runs would hold its lanes until that query ends, which may be never: only

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +69,33 @@ hypothesis_settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 hypothesis_settings.load_profile("kamiyo")
+
+
+def examples(count: int) -> hypothesis_settings:
+    """So many examples of a law; with `make properties` many times as many."""
+    return hypothesis_settings(max_examples=count * int(os.environ.get("KAMIYO_THOROUGHNESS", "1")))
+
+
+# ── What nobody may read ──────────────────────────────────────────────────────────────────────────────────
+
+# Secrets that every story has, and the customer of Stripe's own examples. What is planted on purpose, and looked for
+# in answers, metrics and alerts as well, is in test_security.py.
+_CANARIES = (SECRET, ADMIN_KEY, "jenny@example.com", "Jenny Rosen")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Fail a story in which anything was written to standard output or error, by whatever process, with a canary."""
+    report = yield
+    if report.when == "teardown" and report.passed:
+        emitted = report.capstdout + report.capstderr
+        leaked = [canary for canary in _CANARIES if canary in emitted]
+        if leaked:
+            report.outcome = "failed"
+            report.longrepr = f"{item.nodeid} wrote {leaked} to its log or its output"
+    return report
 
 
 # ── What Stripe sends ─────────────────────────────────────────────────────────────────────────────────────

@@ -16,7 +16,7 @@ from kamiyo.database import Connection
 from kamiyo.event import Event, parse
 from kamiyo.handlers import Bury, Registry
 from kamiyo.worker import Worker
-from tests.conftest import MakeSettings, event_json, fresh_id
+from tests.conftest import MakeSettings, event_json, fresh_id, until
 
 
 @dataclass
@@ -175,6 +175,92 @@ async def test_silence_is_an_incident_only_where_there_used_to_be_traffic(db: Co
     assert incident.key == "silence"
     await db.execute("DELETE FROM webhook_counts_by_hour WHERE hour > now() - interval '90 hours'")
     assert await find(db) == []
+
+
+_WRONG = {
+    "Events wait too long": (
+        "UPDATE webhook_events SET next_try_at = now() - interval '6 minutes'",
+        "UPDATE webhook_events SET next_try_at = now() + interval '1 hour'",
+    ),
+    "invoice.paid fails often": (
+        "UPDATE webhook_events SET status = 'failed', failed_at = now(), next_try_at = now() + interval '1 hour'",
+        "UPDATE webhook_events SET status = 'processed', outcome = 'handled', failed_at = NULL, next_try_at = NULL",
+    ),
+    "Stripe had events that never arrived": (
+        "UPDATE webhook_reconciliation SET missed = 7, finished_at = now()",
+        "UPDATE webhook_reconciliation SET missed = 0, finished_at = now()",
+    ),
+    "No events come any more": (
+        """DELETE FROM webhook_events; DELETE FROM webhook_count_changes;
+           INSERT INTO webhook_counts_by_hour
+           SELECT date_trunc('hour', now()) - n * interval '1 hour', 'invoice.paid', 5, 5, 0, 0
+           FROM generate_series(6, 100) AS n""",
+        "DELETE FROM webhook_counts_by_hour",
+    ),
+}
+
+
+@pytest.mark.parametrize("title", _WRONG)
+async def test_whatever_is_wrong_is_told_once_with_the_page_that_helps_and_told_over(
+    title: str, db: Connection, database_url: str, settings: MakeSettings, channel: Channel
+) -> None:
+    begin, end = _WRONG[title]
+    await inbox.put(db, [parse(event_json(fresh_id(), "invoice.paid"), received=time.time()) for _ in range(6)])
+    await db.execute(begin)
+    async with alerts(database_url, settings, channel) as one, one.pool.acquire() as own:
+        await one.look(own)
+        await one.look(own)
+        assert channel.titles() == [f"Kamiyo: {title}"]
+        [told] = [message["message"] for message in channel.heard]
+        assert "https://api.example.com/dashboard/" in told and "Since 20" in told
+        await db.execute(end)
+        await one.look(own)
+        await one.look(own)
+    assert channel.titles()[1:] == [f"Kamiyo: Over: {title}"]
+
+
+async def test_a_database_that_is_away_is_told_by_whoever_sees_it_and_told_over(
+    db: Connection, database_url: str, settings: MakeSettings, channel: Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kamiyo.alerts._AWAY_SECONDS", 0.0)
+    monkeypatch.setattr("kamiyo.alerts._LOOK_EVERY_SECONDS", 0.02)
+    async with alerts(database_url, settings, channel) as one:
+        here = one.pool
+        nowhere = await database.open_pool("postgresql://127.0.0.1:9/x", size=4, application="alerts", idle_limit=60)
+        one.pool = nowhere
+        running = asyncio.create_task(one.run())
+        await until(lambda: _has_heard(channel, "Kamiyo: the database is away"))
+        one.pool = here
+        await until(lambda: _has_heard(channel, "Kamiyo: the database is back"))
+        running.cancel()
+        await nowhere.close()
+    assert channel.titles() == ["Kamiyo: the database is away", "Kamiyo: the database is back"]
+
+
+async def _has_heard(channel: Channel, title: str) -> bool:
+    return title in channel.titles()
+
+
+async def test_discord_and_slack_are_told_at_the_addresses_that_people_have(
+    db: Connection, database_url: str, settings: MakeSettings, channel: Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Apprise's own plugins, their services' hosts replaced by one of this machine.
+    await bury(db, database_url, settings, fresh_id())
+    both = settings(
+        DISCORD_WEBHOOK_URL="https://discord.com/api/webhooks/4174216298/JHMHI8qBe7bk2ZwO5U711o3dV_js",
+        SLACK_WEBHOOK_URL="https://hooks.slack.com/services/T1JJ3T3L2/A1BRTD4JD/TIiajkdnlazkcOXrIdevi7FQ",
+    )
+    pool = await database.open_pool(database_url, size=4, application="alerts", idle_limit=60)
+    one = Alerts(pool, both)
+    here = f"http://127.0.0.1:{channel.port}"
+    discord, slack = list(one._channels)
+    monkeypatch.setattr(type(discord), "notify_url", here)
+    monkeypatch.setattr(type(slack), "webhook_url", here)
+    async with pool.acquire() as own:
+        await one.look(own)
+    await pool.close()
+    said = sorted(json.dumps(message) for message in channel.heard)
+    assert len(said) == 2 and all("An event is dead: Bury" in text for text in said)
 
 
 LIVE, TEST = b'{\n  "id": "evt_1",\n  "livemode": true\n}', b'{\n  "id": "evt_1",\n  "livemode": false\n}'

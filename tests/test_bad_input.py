@@ -57,7 +57,8 @@ document = schemathesis.openapi.from_dict(create_app(settings_for(None)).openapi
 def fuzzed(new_database: NewDatabase) -> Iterator[tuple[Served, str]]:
     """A server for this file alone: what is asked of it here may clean up and replay whatever it likes."""
     url = new_database()
-    with serving(url, KAMIYO_WORKER="false", KAMIYO_LOG_LEVEL="error") as served:
+    twin = "whsec_of_the_twin"
+    with serving(url, KAMIYO_WORKER="false", KAMIYO_LOG_LEVEL="error", STRIPE_SHADOW_WEBHOOK_SECRET=twin) as served:
         yield served, url
 
 

@@ -6,6 +6,7 @@ import json
 import re
 import time
 from collections.abc import AsyncIterator
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -15,7 +16,7 @@ import pytest
 from fastapi import FastAPI
 from itsdangerous import TimestampSigner
 
-from kamiyo import database, handlers, inbox
+from kamiyo import alerts, database, handlers, inbox
 from kamiyo.alerts import Incident
 from kamiyo.database import Connection
 from kamiyo.event import Event
@@ -1516,10 +1517,18 @@ async def plan(db: Connection, name: str, *values: Any) -> str:
     """How PostgreSQL answers a question of the dashboard, as text."""
     async with db.transaction(readonly=True):
         await queries.limit(db, 5)
-        return "\n".join(line for (line,) in await db.fetch("EXPLAIN " + queries._SQL[name], *values))
+        of_alerts = name.removeprefix("alerts: ")
+        query = queries._SQL[name] if of_alerts == name else alerts._SQL[of_alerts]
+        return "\n".join(line for (line,) in await db.fetch("EXPLAIN " + query, *values))
 
 
-@pytest.mark.parametrize("search", SEARCHES, ids=str)
+def narrowed(search: Search) -> str:
+    """What the search is narrowed to, without its moments: a name that every process gives alike."""
+    by = {name: value for name, value in asdict(search).items() if value}
+    return " ".join(name if isinstance(value, datetime) else f"{name}={value}" for name, value in by.items())
+
+
+@pytest.mark.parametrize("search", SEARCHES, ids=narrowed)
 async def test_a_page_of_events_is_found_by_an_index_whatever_it_is_narrowed_to(
     search: Search, ledger: Connection
 ) -> None:
@@ -1529,28 +1538,56 @@ async def test_a_page_of_events_is_found_by_an_index_whatever_it_is_narrowed_to(
         assert "Scan" in found
 
 
+_QUESTIONS: list[tuple[str, tuple[Any, ...]]] = [
+    ("dead", (queries.MOST_COUNTED,)),
+    ("standing", (queries.MOST_COUNTED,)),
+    ("groups", (queries.MOST_GROUPED, False)),
+    ("groups", (2000, True)),
+    ("failed_counts", (queries.MOST_GROUPED,)),
+    ("group_example", ("f8",)),
+    ("found", ("evt_77", "evt_77\U0010ffff", 10)),
+    ("found", ("cus_77", "cus_77\x01", 10)),
+    ("around_customer", ("cus_5", *position(), 5)),
+    ("around_object", ("in_5", *position(), 5)),
+    ("earlier_of_object", ("in_5", "", False, position()[0], "evt_1")),
+    ("has_events", ("cus_5",)),
+    ("customers", ("cus_5",)),
+    ("subscriptions", ("cus_5", 25)),
+    ("invoices", ("cus_5", 25)),
+    ("payment_methods", ("cus_5", 25)),
+    ("timeline", ("cus_5", *position(), 31)),
+    ("undecided", (100,)),
+    ("now_customers", ("cus_5", "", True)),
+    ("now_subscriptions", ("sub_5", "", True)),
+    ("now_invoices", ("in_5", "", True)),
+    ("now_payment_methods", ("pm_5", "", True)),
+    ("group_events", ("f8", queries.PAGE)),
+    ("replay_outcome", ("f8", position()[0])),
+    ("traffic_by_minute", (position()[0], 60)),
+    ("traffic_by_hour", (position()[0], 3600)),
+    ("types", (position()[0], 12)),
+    ("day", ()),
+    ("known_types", ()),
+    ("alerts: dead", ()),
+    ("alerts: failure_rates", ()),
+    ("alerts: overdue", ()),
+    ("alerts: never_came", ()),
+    ("alerts: silence", ()),
+    ("alerts: to_tell", ()),
+]
+
+#: Questions to small tables of their own, and statements that are none.
+_SMALL = {
+    *("events", "newer_events", "limits"),  # asked above, and a setting
+    *("backlog", "sample_backlog", "by_hand", "begin_replay", "tell_replay", "end_replay", "replay"),
+    *(f"alerts: {name}" for name in ("alone", "open", "close", "close_bursts", "forget_untold")),
+    *(f"alerts: {name}" for name in ("told", "told_over", "missed")),
+}
+
+
 @pytest.mark.parametrize(
     ("name", "values"),
-    [
-        ("dead", (queries.MOST_COUNTED,)),
-        ("standing", (queries.MOST_COUNTED,)),
-        ("groups", (queries.MOST_GROUPED, False)),
-        ("groups", (2000, True)),
-        ("failed_counts", (queries.MOST_GROUPED,)),
-        ("group_example", ("f8",)),
-        ("found", ("evt_77", "evt_77\U0010ffff", 10)),
-        ("found", ("cus_77", "cus_77\x01", 10)),
-        ("around_customer", ("cus_5", *position(), 5)),
-        ("around_object", ("in_5", *position(), 5)),
-        ("earlier_of_object", ("in_5", "", False, position()[0], "evt_1")),
-        ("has_events", ("cus_5",)),
-        ("customers", ("cus_5",)),
-        ("subscriptions", ("cus_5", 25)),
-        ("invoices", ("cus_5", 25)),
-        ("payment_methods", ("cus_5", 25)),
-        ("timeline", ("cus_5", *position(), 31)),
-        ("undecided", (100,)),
-    ],
+    _QUESTIONS,
     ids=lambda value: value if isinstance(value, str) else "",
 )
 async def test_every_other_question_is_answered_by_an_index_too(
@@ -1559,6 +1596,11 @@ async def test_every_other_question_is_answered_by_an_index_too(
     found = await plan(ledger, name, *values)
     for table in ("webhook_events", "webhook_payloads", "customers", "subscriptions", "invoices", "payment_methods"):
         assert not re.search(rf"Seq Scan on {table}\b", found), found
+
+
+def test_no_question_of_the_pages_or_of_the_alerts_is_left_out() -> None:
+    every = {*queries._SQL, *(f"alerts: {name}" for name in alerts._SQL)}
+    assert every == {name for name, _ in _QUESTIONS} | _SMALL
 
 
 async def test_the_first_page_reads_a_few_thousand_events_at_most_however_many_there_are(ledger: Connection) -> None:

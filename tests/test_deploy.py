@@ -196,7 +196,7 @@ def test_a_compose_service_is_not_root_writes_nothing_but_tmp_and_waits_for_the_
     assert service["depends_on"]["postgres"]["condition"] == "service_healthy"
     assert service["environment"].keys() <= setting_names()
     grace = int(service["stop_grace_period"].removesuffix("s"))
-    assert grace >= 2 * Settings.model_fields["shutdown_grace"].default + 10
+    assert grace >= Settings.model_fields["shutdown_grace"].default + 10
 
 
 def test_compose_opens_ports_on_this_machine_only_and_holds_no_secret() -> None:
@@ -252,7 +252,7 @@ def test_a_unit_is_not_root_and_writes_nothing_but_its_own_tmp(unit: Path) -> No
     options = {option for parameter in command.params for option in parameter.opts}
     assert {word for word in words if word.startswith("--")} <= options
     if "Type=oneshot" not in lines:
-        assert {"Restart=always", "TimeoutStopSec=60"} <= lines
+        assert {"Restart=always", "TimeoutStopSec=30"} <= lines
 
 
 # ── Kubernetes ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -296,7 +296,7 @@ def test_a_deployment_is_locked_up_probed_and_spelled_right(deployment: dict[str
         assert container[probe].keys() <= _PROBE
         assert container[probe]["httpGet"]["port"] in ports
         assert container[probe]["httpGet"]["path"] in (PROBED, "/metrics")
-    assert pod["terminationGracePeriodSeconds"] >= 2 * Settings.model_fields["shutdown_grace"].default + 10
+    assert pod["terminationGracePeriodSeconds"] >= Settings.model_fields["shutdown_grace"].default + 10
     assert container["resources"]["limits"]["memory"] and container["resources"]["requests"]["cpu"]
     mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     assert mounted == {"tmp": "/tmp"} and [volume["name"] for volume in pod["volumes"]] == ["tmp"]  # noqa: S108

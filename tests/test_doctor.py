@@ -19,7 +19,18 @@ from uvicorn import Config, Server
 from kamiyo import database, doctor, handlers
 from kamiyo.cli.doctor import doctor as command
 from kamiyo.database import Connection
-from kamiyo.doctor import Finding, Subject, Verdict
+from kamiyo.doctor import (
+    Finding,
+    Subject,
+    Verdict,
+    channels,
+    configuration,
+    endpoints,
+    examination,
+    finding,
+    postgresql,
+    processing,
+)
 from kamiyo.postgres import temporary_postgres
 from kamiyo.settings import Settings
 from kamiyo.web import create_app
@@ -35,6 +46,7 @@ from tests.conftest import (
     serving,
     settings_for,
     settled,
+    until,
     with_database,
 )
 from tests.stripe_server import KEY, StripeServer, stripe_server
@@ -100,7 +112,7 @@ def test_each_setting_gets_its_verdict_and_what_is_wrong_gets_a_sentence_that_me
 ) -> None:
     good = {"STRIPE_WEBHOOK_SECRET": GOOD_SECRET, "ADMIN_API_KEY": GOOD_ADMIN_KEY}
     settings = settings_for(None, **{**good, **changes})
-    finding = of([*doctor.secrets(settings), *doctor.logs(settings)], check)
+    finding = of([*configuration.secrets(settings), *configuration.logs(settings)], check)
     assert (finding.verdict, words in finding.seen) == (verdict, True), finding
     assert bool(finding.mend) == (verdict is not pass_)
 
@@ -108,10 +120,10 @@ def test_each_setting_gets_its_verdict_and_what_is_wrong_gets_a_sentence_that_me
 @pytest.mark.parametrize(("mode", "verdict"), [(0o600, pass_), (0o640, warn), (0o644, warn)])
 def test_a_settings_file_that_others_can_read_is_told(tmp_path: Path, mode: int, verdict: Verdict) -> None:
     path = tmp_path / ".env"
-    assert list(doctor.env_file(path)) == []
+    assert list(configuration.env_file(path)) == []
     path.touch()
     path.chmod(mode)
-    assert [finding.verdict for finding in doctor.env_file(path)] == [verdict]
+    assert [finding.verdict for finding in configuration.env_file(path)] == [verdict]
 
 
 # ── The database ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -125,18 +137,18 @@ async def look(settings: Settings, url: str | None, **more: Any) -> list[Finding
     ("number", "read_only", "verdict"), [(130013, False, fail), (140000, False, pass_), (180000, True, fail)]
 )
 def test_postgresql_is_14_or_newer_and_takes_writes(number: int, read_only: bool, verdict: Verdict) -> None:
-    assert doctor.database_server(number, "x", read_only=read_only).verdict is verdict
+    assert postgresql.database_server(number, "x", read_only=read_only).verdict is verdict
 
 
 def test_what_is_not_durable_is_told_by_name() -> None:
-    assert doctor.durability(fsync=True, full_pages=True, commit="on").verdict is pass_
-    finding = doctor.durability(fsync=False, full_pages=True, commit="off")
+    assert postgresql.durability(fsync=True, full_pages=True, commit="on").verdict is pass_
+    finding = postgresql.durability(fsync=False, full_pages=True, commit="off")
     assert finding.verdict is fail and "fsync and synchronous_commit" in finding.seen
 
 
 @pytest.mark.parametrize(("ahead", "verdict"), [(1.0, pass_), (-1.0, pass_), (3.0, fail), (-400.0, fail)])
 def test_a_clock_that_is_off_is_told(ahead: float, verdict: Verdict) -> None:
-    assert doctor.clock("the database's", ahead, 2.0).verdict is verdict
+    assert postgresql.clock("the database's", ahead, 2.0).verdict is verdict
 
 
 async def test_a_server_without_fsync_fails_and_a_default_one_passes(database_url: str, settings: MakeSettings) -> None:
@@ -188,12 +200,12 @@ async def test_a_role_that_lacks_a_right_fails_and_a_superuser_is_warned_of(
             "REVOKE DELETE ON webhook_failures FROM kamiyo_doctor_story;"
         )
         await db.execute("SET ROLE kamiyo_doctor_story")
-        finding = await doctor._role(db, settings())
+        finding = await postgresql.role(db, settings())
         assert finding.verdict is fail and "webhook_failures" in finding.seen, finding
         await db.execute("RESET ROLE; GRANT DELETE ON webhook_failures TO kamiyo_doctor_story")
         await db.execute("SET ROLE kamiyo_doctor_story")
-        assert (await doctor._role(db, settings())).verdict is warn  # not the owner, and migrates by itself
-        assert (await doctor._role(db, settings(KAMIYO_AUTO_MIGRATE=False))).verdict is pass_
+        assert (await postgresql.role(db, settings())).verdict is warn  # not the owner, and migrates by itself
+        assert (await postgresql.role(db, settings(KAMIYO_AUTO_MIGRATE=False))).verdict is pass_
     finally:
         await db.execute("RESET ROLE; DROP OWNED BY kamiyo_doctor_story; DROP ROLE kamiyo_doctor_story")
 
@@ -232,7 +244,17 @@ async def test_events_that_wait_with_no_worker_are_told(
 def sound(database_url: str) -> Iterator[Served]:
     """A server with a good secret and a good key."""
     with serving(database_url, STRIPE_WEBHOOK_SECRET=GOOD_SECRET, ADMIN_API_KEY=GOOD_ADMIN_KEY) as served:
+        run_apart(_a_worker_listens(database_url))
         yield served
+
+
+async def _a_worker_listens(url: str) -> None:
+    # A server answers a moment before its worker has a session of its own.
+    connection = await asyncpg.connect(url)
+    try:
+        await until(lambda: connection.fetchval(database.load_queries("doctor.sql")["workers"]))
+    finally:
+        await connection.close()
 
 
 async def test_a_sound_server_passes_from_outside_and_nothing_is_stored(
@@ -240,6 +262,9 @@ async def test_a_sound_server_passes_from_outside_and_nothing_is_stored(
 ) -> None:
     mine = settings(STRIPE_WEBHOOK_SECRET=GOOD_SECRET, KAMIYO_ENV="development")
     url = f"{sound.url}/api/v1/webhooks/stripe"
+    await until(
+        lambda: db.fetchval(processing._SQL["workers"])
+    )  # its worker connects by itself, a moment after its start
     found = await look(mine, database_url, server=sound.url, endpoint=url)
     expected = {"health", "metrics", "signature", "endpoint", "migrations", "workers", "clock", "failures"}
     assert {name for name, verdict in verdicts(found).items() if verdict is pass_} >= expected, found
@@ -321,15 +346,15 @@ async def channel() -> AsyncIterator[Channel]:
 
 
 async def test_nobody_to_tell_is_a_warning(settings: MakeSettings) -> None:
-    [finding] = await doctor.alerts(settings(), send_test=True)
+    [finding] = await channels.alerts(settings(), send_test=True)
     assert finding.verdict is warn
 
 
 async def test_a_test_message_is_sent_only_when_asked_for(channel: Channel, settings: MakeSettings) -> None:
     mine = settings(ALERT_URLS=channel.url)
-    [finding] = await doctor.alerts(mine, send_test=False)
+    [finding] = await channels.alerts(mine, send_test=False)
     assert (finding.verdict, channel.heard) == (pass_, [])
-    [finding] = await doctor.alerts(mine, send_test=True)
+    [finding] = await channels.alerts(mine, send_test=True)
     assert (finding.verdict, channel.titles()) == (pass_, ["Kamiyo: a test"])
 
 
@@ -337,7 +362,7 @@ async def test_a_channel_that_refuses_or_is_none_fails_without_its_address(
     channel: Channel, settings: MakeSettings
 ) -> None:
     channel.answers = 500
-    found = await doctor.alerts(settings(ALERT_URLS=f"{channel.url} nonsense://secret-token"), send_test=True)
+    found = await channels.alerts(settings(ALERT_URLS=f"{channel.url} nonsense://secret-token"), send_test=True)
     assert [finding.verdict for finding in found] == [fail, fail]
     assert "token" not in str(found)
 
@@ -394,7 +419,7 @@ async def asked(stripe: StripeServer, url: str, settings: MakeSettings, key: str
     # An address given to nobody: what Stripe knows is compared with it, not asked.
     where = "" if stripe.endpoints and "elsewhere" not in stripe.endpoints[0]["url"] else ENDPOINT
     try:
-        return await doctor.stripe(Subject(mine, url, NOWHERE, where), pool)
+        return await endpoints.stripe(Subject(mine, url, NOWHERE, where), pool)
     finally:
         await pool.close()
 
@@ -445,6 +470,7 @@ def test_the_command_speaks_json_and_its_status_says_whether_something_failed(
         for name, value in {**good, "KAMIYO_ENV": "development"}.items():
             monkeypatch.setenv(name, value)
         with serving(url, STRIPE_WEBHOOK_SECRET=GOOD_SECRET, ADMIN_API_KEY=GOOD_ADMIN_KEY) as served:
+            run_apart(_a_worker_listens(url))
             public = f"{served.url}/api/v1/webhooks/stripe"
             status, said = run("--json", "--url", served.url, "--endpoint", public)
             findings = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
@@ -484,5 +510,5 @@ def test_what_others_say_is_cleaned_of_secrets(settings: MakeSettings) -> None:
         DATABASE_URL="postgresql://me:p%40ss-word@h/x",
     )
     words = f"{GOOD_SECRET} sk_live_abcdef discord://id/token p%40ss-word p@ss-word"
-    clean = doctor._without_secrets(doctor.failed("x", words, words), Subject(mine, None, NOWHERE))
+    clean = examination.without_secrets(finding.failed("x", words, words), Subject(mine, None, NOWHERE))
     assert clean.seen == clean.mend == "••• ••• ••• ••• •••"

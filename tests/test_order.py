@@ -13,7 +13,7 @@ from itertools import permutations, zip_longest
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kamiyo import inbox, projections, rebuild, ties
@@ -24,7 +24,7 @@ from kamiyo.inbox import Outcome
 from kamiyo.projections import TABLES, Read, Row
 from kamiyo.receive import ready_to_project
 from kamiyo.simulator import API_VERSIONS, SimulatedEvent, World, deliveries, lifecycle, thin
-from tests.conftest import MakeSettings, event_json, fresh_id
+from tests.conftest import MakeSettings, event_json, examples, fresh_id
 from tests.turns import NOW, Tables, billing, example, read, work_off, worker_on
 
 Batch = list[Event]
@@ -126,7 +126,7 @@ def undecided(tables: Tables) -> list[tuple[str, str]]:
 # ── The law ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@settings(max_examples=14)
+@examples(14)
 @given(lives=lives(flips=False))
 async def test_any_order_any_duplicates_any_versions_and_any_batches_end_in_the_truth(
     lives: Lives, db: Connection
@@ -140,7 +140,7 @@ async def test_any_order_any_duplicates_any_versions_and_any_batches_end_in_the_
         assert but_for_the_clock(shuffled.tables) == but_for_the_clock(straight.tables)
 
 
-@settings(max_examples=14)
+@examples(14)
 @given(lives=lives(flips=True))
 async def test_a_change_and_its_undoing_in_one_second_end_alike_and_nobody_guesses(
     lives: Lives, db: Connection
@@ -169,7 +169,7 @@ def _goes_round(told: Sequence[SimulatedEvent]) -> bool:
     return any(len(set(path)) < len(path) for path in seconds.values())
 
 
-@settings(max_examples=6)
+@examples(6)
 @given(lives=lives(flips=False))
 async def test_told_backwards_every_event_but_the_last_state_is_superseded(lives: Lives, db: Connection) -> None:
     backwards = Lives(lives.world, [list(reversed(life)) for life in lives.told], lives.rng)
@@ -270,7 +270,7 @@ async def test_thin_events_and_snapshots_in_any_mixture_and_order_end_in_the_tru
 # ── The same through every door ─────────────────────────────────────────────────────────────────────────────
 
 
-@settings(max_examples=6)
+@examples(6)
 @given(lives=lives(flips=True), size=st.integers(1, 30))
 async def test_workers_and_arrivals_come_to_what_the_projection_comes_to(
     lives: Lives, size: int, db: Connection, database_url: str, settings: MakeSettings

@@ -67,8 +67,8 @@ async def test_a_read_outranks_what_happened_before_its_second_and_nothing_of_it
     told = {NOW - 2: "of before", NOW - 1: "of the second before", NOW: "of the very second", NOW + 1: "of later"}
     for created, name in told.items():
         for order in (1, -1):
-            for do in ("read", "event")[::order]:
-                if do == "read":
+            for door in ("read", "event")[::order]:
+                if door == "read":
                     await applied(db, read_of({**ada, "name": "as read"}, NOW))
                 else:
                     await put(db, event_json(None, "customer.updated", {**ada, "name": name}, created=created))

@@ -198,7 +198,7 @@ async def test_two_servers_that_get_the_same_events_in_opposite_order_do_not_wai
     async def both_wait() -> bool:
         waiting = (
             "SELECT count(*) FROM pg_locks JOIN pg_stat_activity USING (pid) "
-            "WHERE application_name = 'receiver' AND NOT granted"
+            "WHERE datname = current_database() AND application_name = 'receiver' AND NOT granted"
         )
         return bool(await other_db.fetchval(waiting) == 2)
 
@@ -329,7 +329,8 @@ async def test_a_connection_that_is_cut_is_made_again(receiver: Receiver, db: Co
     await receive(receiver, event_json("evt_1"))
     for n in range(3):
         cut = await db.fetchval(
-            "SELECT count(pg_terminate_backend(pid, 5000)) FROM pg_stat_activity WHERE application_name = 'receiver'"
+            "SELECT count(pg_terminate_backend(pid, 5000)) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND application_name = 'receiver'"
         )
         assert cut >= 1
 

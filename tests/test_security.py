@@ -174,7 +174,8 @@ async def test_wrong_admin_keys_are_answered_later_each_time_and_the_right_one_n
 
     guesses = [await ask("guess") for _ in range(7)]
     assert {status for status, _ in guesses} == {401}
-    assert sum(took for _, took in guesses[4:]) > 3 * sum(took for _, took in guesses[:2])
+    # Only the least is asserted: what a busy machine adds to a wait is no part of it.
+    assert all(took >= 0.99 * 0.01 * 2**slips for slips, (_, took) in enumerate(guesses))
     guess = asyncio.create_task(ask("guess"))
     assert (await ask(ADMIN["X-Admin-Key"]))[0] == 200
     assert not guess.done(), "the right key does not wait for the wrong one"
@@ -192,6 +193,22 @@ async def test_every_answer_of_an_operators_call_is_kept_from_caches_frames_and_
         assert "default-src 'none'" in reply.headers["Content-Security-Policy"], path
     refused = await client.post(f"{PREFIX}/stripe", content=b"{}")
     assert refused.headers["X-Content-Type-Options"] == "nosniff"
+
+
+async def test_every_page_of_the_application_tells_a_browser_to_do_nothing_unexpected(
+    quiet_client: httpx.AsyncClient,
+) -> None:
+    described = (await quiet_client.get("/openapi.json")).json()["paths"]
+    pages = {path.replace("{event_id}", "evt_1") for path, calls in described.items() if "get" in calls}
+    pages |= {"/", "/docs", "/redoc", "/openapi.json", "/nowhere", "/dashboard", f"{PREFIX}/dashboard/events"}
+    for page in pages:
+        reply = await quiet_client.get(page)
+        assert reply.headers["X-Content-Type-Options"] == "nosniff", page
+        assert reply.headers["X-Frame-Options"] == "DENY", page
+        assert reply.headers["Referrer-Policy"] == "no-referrer", page
+        policy = reply.headers["Content-Security-Policy"]
+        assert policy.startswith("default-src 'none'; ") and "frame-ancestors 'none'" in policy, page
+        assert len(reply.headers.get_list("Content-Security-Policy")) == 1, page
 
 
 def test_no_secret_is_in_the_repository() -> None:

@@ -296,7 +296,8 @@ def test_each_version_has_things_where_stripe_put_them(version: str) -> None:
     elsewhere = item if before_basil else taken
     assert (where["current_period_start"], where["current_period_end"]) == period
     assert "current_period_end" not in elsewhere
-    assert ("plan" in taken) is before_basil
+    assert (taken["plan"]["id"], taken["quantity"]) == (item["price"]["id"], 3)
+    assert ("billing_thresholds" in taken) is (version != "2025-03-31.basil")
     assert ("aggregate_usage" in item["price"]["recurring"]) is before_basil
 
     paid, [line] = told["invoice.paid"], told["invoice.paid"]["lines"]["data"]

@@ -1,5 +1,6 @@
 """What is logged and counted: the names, that labels stay few, that processes add up, that nothing leaks."""
 
+import asyncio
 import io
 import json
 import os
@@ -17,7 +18,7 @@ from kamiyo import handlers, telemetry
 from kamiyo.database import Connection
 from kamiyo.event import Event
 from kamiyo.handlers import GUIDE_TYPES
-from kamiyo.telemetry import KNOWN_TYPES, happened, label
+from kamiyo.telemetry import KNOWN_TYPES, happened, happened_to_each, label
 from tests.conftest import (
     ADMIN,
     ADMIN_KEY,
@@ -30,6 +31,7 @@ from tests.conftest import (
     noop,
     settled,
     signed,
+    until,
 )
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
@@ -71,9 +73,71 @@ def test_what_happened_is_one_line_of_json_with_its_facts(capsys: pytest.Capture
     assert line == {"event": "event_died", "level": "error", "event_id": "evt_1", "attempt": 5}
 
 
+def test_each_of_many_has_a_line_of_its_own_and_all_are_written_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    writes: list[str] = []
+
+    class Counting(io.StringIO):
+        def write(self, text: str) -> int:
+            writes.append(text)
+            return len(text)
+
+    facts = [{"event_id": f"evt_{n}", "event_type": 'said "ü"\n\u2028'} for n in range(200)]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", Counting())
+        telemetry.configure_logging(level="info", log_format="json")
+        happened_to_each("event_received", facts)
+        telemetry.configure_logging(level="info", log_format="console")
+        happened_to_each("event_received", facts[:2])
+    [written, for_reading] = writes
+    lines = [json.loads(line) for line in written.split("\n")[:-1]]
+    assert [line["event_id"] for line in lines] == [f"evt_{n}" for n in range(200)]
+    assert {(line["event"], line["level"], line["event_type"]) for line in lines} == {
+        ("event_received", "info", 'said "ü"\n\u2028')
+    }
+    assert [line.count("event_received") for line in for_reading.splitlines()] == [1, 1]
+
+
+def test_what_is_not_said_is_not_even_put_together(capsys: pytest.CaptureFixture[str]) -> None:
+    telemetry.configure_logging(level="warning", log_format="json")
+    happened_to_each("event_received", ({"event_id": str(1 / n)} for n in (0,)))
+    assert logged(capsys) == []
+
+
 def test_a_name_that_is_not_in_the_table_is_an_error() -> None:
     with pytest.raises(KeyError):
         happened("something_else")
+    with pytest.raises(KeyError):
+        happened_to_each("something_else", [])
+
+
+async def test_each_event_is_found_in_the_log_by_its_id_from_its_arrival_to_its_end(
+    client: httpx.AsyncClient, db: Connection, log: Log
+) -> None:
+    @handlers.on("charge.failed")
+    async def fails_once(event: Event, db: Connection) -> None:
+        if event.attempt == 1:
+            raise LookupError
+
+    bodies = [event_json(f"evt_log_{n}", "customer.created", {"id": f"cus_{n}", "object": "customer"}) for n in (1, 2)]
+    again = event_json("evt_log_3", "charge.failed")
+    answers = await asyncio.gather(*(deliver(client, body) for body in (*bodies, bodies[0], again)))
+    assert {answer.status_code for answer in answers} == {200}
+    await settled(db, "evt_log_3", "processed")
+    # The line follows the commit that the row was seen by.
+    await until(lambda: _said(log, "evt_log_3", "event_processed"))
+
+    def story(event_id: str) -> list[str]:
+        return [line["event"] for line in log() if line.get("event_id") == event_id]
+
+    assert story("evt_log_2") == ["event_received", "event_processed"]
+    assert sorted(story("evt_log_1")) == ["duplicate_received", "event_processed", "event_received"]
+    assert story("evt_log_3") == ["event_received", "try_failed", "event_processed"]
+    [last] = [line for line in log() if line.get("event_id") == "evt_log_3" and line["event"] == "event_processed"]
+    assert (last["event_type"], last["attempt"]) == ("charge.failed", 2) and last["took_ms"] > 0
+
+
+async def _said(log: Log, event_id: str, name: str) -> bool:
+    return any(line["event"] == name and line.get("event_id") == event_id for line in log())
 
 
 @pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), ValueError("I/O operation on closed file")])

@@ -9,14 +9,14 @@ from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kamiyo.projections import COLUMNS, Row, row_before, row_of
 from kamiyo.simulator import API_VERSIONS
 from kamiyo.simulator.events import previous_attributes
 from kamiyo.ties import Observation, decide
-from tests.conftest import event_json
+from tests.conftest import event_json, examples
 from tests.turns import NOW, example, read
 
 RECEIVED = datetime(2026, 9, 21, tzinfo=UTC)
@@ -82,7 +82,7 @@ names = st.permutations([f"evt_{letter}" for letter in "abcdefg"])
 versions = st.lists(st.sampled_from(API_VERSIONS), min_size=7, max_size=7)
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(walk=walks(returns=False), names=names, versions=versions, data=st.data())
 def test_changes_that_lead_from_state_to_state_end_in_the_last_whatever_their_order(
     walk: list[State], names: list[str], versions: list[str], data: st.DataObject
@@ -94,7 +94,7 @@ def test_changes_that_lead_from_state_to_state_end_in_the_last_whatever_their_or
         assert shown(latest) == kept(walk[-1])
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(walk=walks(returns=True), names=names, versions=versions, data=st.data())
 def test_changes_and_changes_back_are_never_decided_wrongly(
     walk: list[State], names: list[str], versions: list[str], data: st.DataObject
@@ -110,7 +110,7 @@ def test_changes_and_changes_back_are_never_decided_wrongly(
         assert kept(walk[0]) == kept(walk[-1])
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(walk=walks(returns=True), names=names, versions=versions, data=st.data())
 def test_an_object_that_began_in_that_second_is_always_decided(
     walk: list[State], names: list[str], versions: list[str], data: st.DataObject
@@ -121,7 +121,7 @@ def test_an_object_that_began_in_that_second_is_always_decided(
     assert shown(latest) == kept(walk[-1])
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(walk=walks(returns=True), names=names, versions=versions, data=st.data())
 def test_the_answer_is_the_same_in_every_order_down_to_the_event_that_gives_it(
     walk: list[State], names: list[str], versions: list[str], data: st.DataObject
@@ -133,7 +133,7 @@ def test_the_answer_is_the_same_in_every_order_down_to_the_event_that_gives_it(
         assert decide(seen) == decide(data.draw(st.permutations(seen)))
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(walk=walks(returns=True), names=names, one=versions, other=versions)
 def test_the_answer_does_not_depend_on_the_api_versions(
     walk: list[State], names: list[str], one: list[str], other: list[str]

@@ -15,8 +15,9 @@ from kamiyo.database import Connection
 from kamiyo.event import Event
 from kamiyo.handlers import Bury, Registry, Retry
 from kamiyo.inbox import Filters
+from kamiyo.postgres import temporary_postgres
 from kamiyo.worker import MOST_HANDLED_TOGETHER, Worker
-from tests.conftest import Log, MakeSettings, event_json, settled, until
+from tests.conftest import Log, MakeSettings, event_json, fresh_id, settled, until
 from tests.turns import (
     NOW,
     billing,
@@ -808,3 +809,26 @@ async def test_what_processing_took_is_added_up_over_all_tries(
     await worker.run_once(db)
     assert once >= 20_000
     assert (await row_of(db, "evt_1"))["processing_us"] >= once + 20_000
+
+
+async def test_a_batch_with_more_lanes_than_postgresql_has_room_for_is_taken_in_parts(settings: MakeSettings) -> None:
+    few = {"max_locks_per_transaction": "10", "max_connections": "12", "max_worker_processes": "1", "fsync": "off"}
+    with temporary_postgres({**few, "max_wal_senders": "0", "autovacuum_max_workers": "1"}) as server:
+        db = await database.connect(server.url, application="test")
+        await database.migrate(db)
+        await put(db, *(event_json(obj=example("charge", customer=fresh_id("cus"))) for _ in range(1_500)))
+        with pytest.raises(asyncpg.OutOfMemoryError):
+            await inbox.claim(db, 1_500)
+        await inbox.unlock(db)
+        pool = await database.open_pool(server.url, size=4, application="test worker", idle_limit=60)
+        worker = Worker(pool, server.url, settings(KAMIYO_WORKER_BATCH=1_500), Registry())
+        running = asyncio.create_task(worker.run())
+
+        async def at_rest() -> bool:
+            return not await db.fetchval("SELECT count(*) FROM webhook_events WHERE next_try_at IS NOT NULL")
+
+        await until(at_rest)
+        worker.stop()
+        await running
+        await pool.close()
+        await db.close()

@@ -15,6 +15,7 @@ def _main() -> int:
     parser.add_argument("--broken", choices=FAULTS, help="run a build with this deliberate fault")
     parser.add_argument("--must-be-caught", action="store_true", help="exit status 0 if the broken build is caught")
     parser.add_argument("--list-broken", action="store_true", help="print the names of the faults")
+    parser.add_argument("--keep", action="store_true", help="keep the processes' logs, whatever the verdict")
     parser.add_argument("--schedule", action="store_true", help="only print what would be done, and when")
     given = parser.parse_args()
     if given.list_broken:
@@ -26,6 +27,7 @@ def _main() -> int:
         broken=given.broken,
         must_be_caught=given.must_be_caught,
         only_schedule=given.schedule,
+        keep=given.keep,
     )
 
 

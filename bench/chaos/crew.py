@@ -30,6 +30,7 @@ class Member:
     words: Sequence[str]
     env: Mapping[str, str]
     folder: Path
+    output: Path | None = None
     violent: int = 0
     slowest_stop: float = 0.0
     statuses: list[int] = field(default_factory=list)
@@ -38,9 +39,14 @@ class Member:
     _log_is_full: bool = False
 
     @property
+    def pid(self) -> int | None:
+        """The number of its process, None before its first."""
+        return self._process.pid if self._process is not None else None
+
+    @property
     def log(self) -> Path:
-        """The file with everything it wrote."""
-        return self.folder / f"{self.name}.log"
+        """The file with everything it wrote: `output`, where that was given."""
+        return self.output or self.folder / f"{self.name}.log"
 
     async def live(self) -> None:
         """Run the process, and run it again whenever it ends, until cancelled; then end it for good."""

@@ -22,7 +22,7 @@ import asyncpg
 
 from bench.chaos import broken
 from bench.chaos.traffic import HANDLED, Fate, owner_of
-from bench.chaos.variables import FATES_FILE, MARKS_URL
+from bench.chaos.variables import FATES_FILE, MARKS_URL, TELL_TASKS
 from kamiyo import Bury, Event, Retry, on
 from kamiyo.database import DATABASE_ERRORS, Connection, Pool
 
@@ -103,7 +103,13 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
+def _tell_tasks(*_: object) -> None:
+    for task in asyncio.all_tasks():
+        task.print_stack(file=sys.stderr)
+
+
 _die_with_parent()
+signal.signal(TELL_TASKS, _tell_tasks)
 broken.apply()
 _marks = _Marks()
 _fate_of = _fates()

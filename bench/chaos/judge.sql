@@ -175,13 +175,19 @@ WHERE e.status IN ('pending', 'processing') OR e.next_try_at IS NOT NULL;
 SELECT event_id AS what, 'never answered 2xx, last of all ' || last_status AS why FROM chaos.sent WHERE answered = 0;
 
 -- name: stuck_poison
--- Poison that is not dead, or not after the tries it gets, each written down once.
-SELECT s.event_id AS what, s.fate || ': ' || e.status || ' after ' || e.attempts || ' tries, recorded: ' || f.tries::text AS why
+-- Poison that is not dead, or not after the tries it gets, each written down once. What gives up is dead with the first
+-- try that comes to its end: tries before it may have ended with their worker, in the storm.
+SELECT s.event_id AS what, s.fate || ': ' || e.status || ' after ' || e.attempts || ' tries, recorded: ' || f.tries::text
+       || ' ' || f.errors::text AS why
 FROM chaos.sent AS s
 JOIN webhook_events AS e USING (event_id)
 CROSS JOIN LATERAL (
-    SELECT coalesce(array_agg(retry_count::int ORDER BY id), '{}') AS tries FROM webhook_failures WHERE event_id = s.event_id
+    SELECT coalesce(array_agg(retry_count::int ORDER BY id), '{}') AS tries,
+           coalesce(array_agg(error_type ORDER BY id), '{}') AS errors
+    FROM webhook_failures WHERE event_id = s.event_id
 ) AS f
 WHERE s.tries IS NOT NULL
-  AND NOT (e.status = 'failed' AND e.next_try_at IS NULL AND e.attempts = s.tries
-           AND f.tries = (SELECT array_agg(n) FROM generate_series(1, s.tries) AS n));
+  AND NOT (e.status = 'failed' AND e.next_try_at IS NULL
+           AND f.tries = (SELECT array_agg(n) FROM generate_series(1, e.attempts) AS n)
+           AND CASE WHEN s.fate = 'gives_up' THEN array_position(f.errors, 'Bury') = e.attempts
+                    ELSE e.attempts = s.tries END);

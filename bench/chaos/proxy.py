@@ -92,6 +92,7 @@ class Proxy:
         self._pairs: set[_Pair] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._shut = 0
+        self._new_flow = Flow.open
         self.port = 0
 
     @property
@@ -129,6 +130,12 @@ class Proxy:
         for pair in self._some(share, rng):
             pair.flow = Flow.nothing
 
+    def fall_silent(self) -> None:
+        """From now on nothing passes any connection, nor any new one: as behind a router that drops everything."""
+        self._new_flow = Flow.nothing
+        for pair in self._pairs:
+            pair.flow = Flow.nothing
+
     def _some(self, share: float, rng: random.Random) -> list[_Pair]:
         pairs = [pair for pair in self._pairs if pair.flow is Flow.open]
         return rng.sample(pairs, min(len(pairs), max(1, round(share * len(pairs)))))
@@ -140,7 +147,7 @@ class Proxy:
 
     def accept(self) -> asyncio.Protocol:
         """The protocol of a new connection."""
-        pair = _Pair()
+        pair = _Pair(self._new_flow)
         pair.client = _Half(pair, is_client=True)
         task = asyncio.get_running_loop().create_task(self._carry(pair, pair.client))
         self._tasks.add(task)

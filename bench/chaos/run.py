@@ -22,7 +22,7 @@ from bench.chaos.schedule import APIS, WORKERS, schedule
 from bench.chaos.storm import ADMIN_KEY, Storm, narrate
 from bench.chaos.stripe import SECRET, Stripe
 from bench.chaos.traffic import Fate, Traffic, traffic
-from bench.chaos.variables import BROKEN, FATES_FILE, MARKS_URL
+from bench.chaos.variables import BROKEN, FATES_FILE, MARKS_URL, TELL_TASKS
 from kamiyo.postgres import EmbeddedPostgres
 from kamiyo.retry import MAX_ATTEMPTS, delay_after
 
@@ -34,7 +34,7 @@ RATE = 90.0
 # Findings of one kind that are shown.
 _SHOWN = 5
 
-# How long everything may take to be answered once the storm is over, in seconds.
+# How long nothing may be answered 2xx, once the storm is over, before the rest is given up, in seconds.
 _ANSWERED_SECONDS = 60.0
 
 
@@ -55,8 +55,9 @@ class Pace:
     @property
     def longest_wait(self) -> float:
         """The longest time in which nothing happens though something is still to come: the wait for the last try, or
-        until a dead worker's session is ended and its events are found."""
-        return 1.2 * (delay_after(MAX_ATTEMPTS - 1, first=self.first_retry) or 0) + self.fence + 6
+        until a dead worker's session is ended, by PostgreSQL or by another worker's next maintenance turn, and its
+        events are found."""
+        return 1.2 * (delay_after(MAX_ATTEMPTS - 1, first=self.first_retry) or 0) + self.fence + 15
 
 
 def pace_of(seconds: float) -> Pace:
@@ -73,8 +74,11 @@ def main(
     broken: str | None = None,
     must_be_caught: bool = False,
     only_schedule: bool = False,
+    keep: bool = False,
 ) -> int:
     """Run it, print what it came to, and return the exit status: 0, 1 for a fault, 130 when it was interrupted.
+
+    The processes' logs are kept where something was found, or with `keep`.
 
     With `must_be_caught` it is 0 if the broken build was caught by the count that is meant for its fault, else 1.
     """
@@ -85,7 +89,7 @@ def main(
         return 0
     narrate()
     try:
-        verdict = uvloop.run(_run(seconds, seed, broken, pace))
+        verdict = uvloop.run(_run(seconds, seed, broken, pace, keep=keep))
     except (asyncio.CancelledError, KeyboardInterrupt):
         return 130
     _print(verdict, broken)
@@ -94,7 +98,7 @@ def main(
     return 1 if verdict.findings else 0
 
 
-async def _run(seconds: float, seed: int, broken: str | None, pace: Pace) -> Verdict:
+async def _run(seconds: float, seed: int, broken: str | None, pace: Pace, *, keep: bool) -> Verdict:
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
@@ -120,8 +124,9 @@ async def _run(seconds: float, seed: int, broken: str | None, pace: Pace) -> Ver
                 try:
                     await storm.rage(blows)
                     _log.info("the storm is over")
-                    await asyncio.wait([posting], timeout=_ANSWERED_SECONDS)
-                    await _rest(server, pace)
+                    await _answered(posting, stripe)
+                    if not await _rest(server, pace):
+                        await _why_not(server, crew, folder.path)
                 finally:
                     posting.cancel()
                     await asyncio.wait([posting])
@@ -130,14 +135,23 @@ async def _run(seconds: float, seed: int, broken: str | None, pace: Pace) -> Ver
             if not posting.cancelled():
                 posting.result()
             verdict = await _verdict(server, sent, stripe, kills)
-        if verdict.findings and broken is None:
+        if keep or (verdict.findings and broken is None):
             folder.keep()
             print(f"logs: {folder.path}")
         return verdict
 
 
-async def _rest(server: EmbeddedPostgres, pace: Pace) -> None:
-    """Wait until every event is at rest, or until it is clear that some never will be."""
+async def _answered(posting: "asyncio.Task[None]", stripe: Stripe) -> None:
+    """Wait until everything is answered 2xx, or until nothing is any more."""
+    while not posting.done():
+        before = stripe.answered.total()
+        await asyncio.wait([posting], timeout=_ANSWERED_SECONDS)
+        if stripe.answered.total() == before:
+            return
+
+
+async def _rest(server: EmbeddedPostgres, pace: Pace) -> bool:
+    """Wait until every event is at rest, or until it is clear that some never will be; say which."""
     db = await asyncpg.connect(server.url)
     try:
         # An event that is taken up and put back for ever is never at rest either.
@@ -148,13 +162,45 @@ async def _rest(server: EmbeddedPostgres, pace: Pace) -> None:
             changes = await db.fetchval("SELECT coalesce(max(id), 0) FROM chaos.history")
             if not waiting:
                 _log.info("everything is at rest")
-                return
+                return True
             if changes != seen:
                 seen, seen_at = changes, time.monotonic()
             await asyncio.sleep(0.1)
         _log.info("%d events do not come to rest", waiting)
+        return False
     finally:
         await db.close()
+
+
+# Every session, what it does, and what it holds: lanes, and locks that others wait for.
+_SESSIONS = """
+SELECT a.pid, a.application_name, a.state, a.wait_event_type, a.wait_event, now() - a.state_change AS since,
+       pg_blocking_pids(a.pid) AS waits_for, left(a.query, 160) AS query,
+       (SELECT array_agg(l.objid::bigint::integer) FROM pg_locks AS l
+        WHERE l.pid = a.pid AND l.locktype = 'advisory' AND l.classid = 1800432 AND l.objsubid = 2) AS lanes
+FROM pg_stat_activity AS a WHERE a.backend_type = 'client backend' AND a.pid <> pg_backend_pid()
+"""
+_WAITING = """
+SELECT event_id, event_type, customer, lane, status, attempts, suspect, claim, started_at, next_try_at - now() AS due_in
+FROM webhook_events WHERE next_try_at IS NOT NULL ORDER BY lane, stripe_created, seq
+"""
+
+
+async def _why_not(server: EmbeddedPostgres, crew: Crew, folder: Path) -> None:
+    """Write down who holds what, before the processes end: `stuck.txt`, and each process's tasks in its log."""
+    for member in crew.members:
+        member.signal(TELL_TASKS)
+    db = await asyncpg.connect(server.url)
+    try:
+        with (folder / "stuck.txt").open("w", encoding="utf-8") as file:
+            for question in (_WAITING, _SESSIONS):
+                for row in await db.fetch(question):
+                    print(*(f"{name}={value}" for name, value in row.items()), file=file)
+                print(file=file)
+    finally:
+        await db.close()
+    # The tasks are told by the processes themselves, as soon as they come to it.
+    await asyncio.sleep(1)
 
 
 async def _verdict(server: EmbeddedPostgres, sent: Traffic, stripe: Stripe, kills: int) -> Verdict:

@@ -187,6 +187,9 @@ class Connections:
             writer.transport.abort()
 
     async def _to(self, server: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        # A server ends a kept connection that was not used for a while. Whoever posts sees that before it posts.
+        if server in self._open and (self._open[server][0].at_eof() or self._open[server][0].exception()):
+            self.drop(server)
         if server not in self._open:
             self._open[server] = await asyncio.open_connection("127.0.0.1", self._ports[server])
         return self._open[server]

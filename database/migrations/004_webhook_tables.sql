@@ -126,7 +126,7 @@ BEGIN
         CREATE TYPE webhook_arrival AS (
             event_id text, event_type text, stripe_created bigint, livemode boolean, thin boolean, account text,
             context text, api_version text, object_type text, object_id text, customer text, snapshot_event text,
-            lane integer, body bytea,
+            lane integer,
             -- What processing it comes to if its billing row is all it needs; null leaves it to the workers.
             outcome text, processing_us bigint
         );

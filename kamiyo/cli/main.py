@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from kamiyo.cli import chaos, conform, doctor, events, serve, simulate
+from kamiyo.cli import chaos, conform, doctor, events, serve, simulate, upgrade
 from kamiyo.cli.console import complain
 from kamiyo.errors import KamiyoError
 
@@ -27,6 +27,7 @@ app.command("replay")(events.replay)
 app.command("reconcile")(events.reconcile)
 app.command("rebuild")(events.rebuild)
 app.command("cleanup")(events.cleanup)
+app.command("upgrade-report")(upgrade.upgrade_report)
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """`kamiyo serve`, `kamiyo worker`, `kamiyo migrate`."""
 
 import asyncio
+import contextlib
 import gc
 import os
 import signal
@@ -17,7 +18,8 @@ from kamiyo import database, telemetry
 from kamiyo.cli.console import complain, console, make_development_secrets, settings_for_commands
 from kamiyo.errors import SettingsError
 from kamiyo.settings import Settings, load_settings
-from kamiyo.web.system import database_url, running
+from kamiyo.web.bounds import BoundedProtocol
+from kamiyo.web.system import TO_FINISH, database_url, running
 
 
 def serve(
@@ -58,11 +60,12 @@ def serve(
         "host": settings.host,
         "port": settings.port,
         "loop": "uvloop",
-        "http": "httptools",
+        "http": BoundedProtocol,
         "access_log": False,
         "log_level": "warning",
         "server_header": False,
-        "timeout_graceful_shutdown": max(int(settings.shutdown_grace), 1),
+        # Handlers have the same time: both count from the signal.
+        "timeout_graceful_shutdown": settings.shutdown_grace * TO_FINISH,
     }
     _stop_quietly()
     try:
@@ -116,6 +119,12 @@ _HERE = ("127.0.0.1", "0.0.0.0")  # noqa: S104 - compared with, not bound to
 
 
 def _greet(settings: Settings, made: list[str]) -> None:
+    # A server whose output goes to a full disk receives all the same.
+    with contextlib.suppress(OSError):
+        _say_where_to_look(settings, made)
+
+
+def _say_where_to_look(settings: Settings, made: list[str]) -> None:
     address = f"http://{'localhost' if settings.host in _HERE else settings.host}:{settings.port}"
     kept = settings.database_url is None
     say = console.print

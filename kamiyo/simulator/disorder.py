@@ -2,17 +2,18 @@
 
 import random
 from collections.abc import Sequence
+from typing import TypeVar
 
-from kamiyo.simulator.events import SimulatedEvent
+_Event = TypeVar("_Event")
 
 
 def deliveries(
-    events: Sequence[SimulatedEvent],
+    events: Sequence[_Event],
     rng: random.Random,
     *,
     duplicates: float = 0.3,
     shuffle: bool | int = True,
-) -> list[SimulatedEvent]:
+) -> list[_Event]:
     """Every event at least once, in the order in which a receiver might see them.
 
     `duplicates` is the share of events that come again (some of them more than once), at any time. `shuffle`

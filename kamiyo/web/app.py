@@ -1,8 +1,9 @@
 """The router that is the whole integration, and the application around it."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, MutableMapping
 from contextlib import asynccontextmanager
 from functools import cache
+from typing import Any
 
 from fastapi import APIRouter, FastAPI, HTTPException, Response
 from fastapi.responses import PlainTextResponse
@@ -41,7 +42,37 @@ class _Api(FastAPI):
         if scope["type"] == "http" and scope["path"] == STRIPE_PATH and scope["method"] == "POST":
             await self.stripe(scope, receive, send)
         else:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, _keeping_safe(scope, send))
+
+
+def _keeping_safe(scope: Scope, send: Send) -> Send:
+    """`send`, with the headers that tell a browser to do nothing unexpected, where an answer has none of its own."""
+    wanted = [*_SAFE, (_POLICY, _DOCS_MAY if scope.get("path") in ("/docs", "/redoc") else _NOTHING_MAY)]
+
+    async def send_safely(message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            headers = list(message.get("headers", ()))
+            there = {name.lower() for name, _ in headers}
+            message["headers"] = headers + [header for header in wanted if header[0] not in there]
+        await send(message)
+
+    return send_safely
+
+
+_SAFE = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+]
+_POLICY = b"content-security-policy"
+_NOTHING_MAY = b"default-src 'none'; frame-ancestors 'none'"
+# FastAPI's pages begin with a script of their own and load the rest from a network for such files. They show nothing
+# that anybody sent.
+_DOCS_MAY = (
+    b"default-src 'none'; script-src 'unsafe-inline' https:; style-src 'unsafe-inline' https:; font-src https:; "
+    b"img-src 'self' data: https:; connect-src 'self'; worker-src blob:; base-uri 'none'; form-action 'none'; "
+    b"frame-ancestors 'none'"
+)
 
 
 def _router(settings: Settings | None) -> tuple[APIRouter, StripeEndpoint, Dashboard]:
@@ -52,14 +83,17 @@ def _router(settings: Settings | None) -> tuple[APIRouter, StripeEndpoint, Dashb
         return settings or load_settings()
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         nonlocal current
+        # An application that is started again reads the environment again.
+        effective.cache_clear()
         async with running(effective()) as system, dashboard.running(system):
-            current = system
+            # For whoever holds the application and not the router: `kamiyo.testing`.
+            current = app.state.kamiyo = system
             try:
                 yield
             finally:
-                current = None
+                current = app.state.kamiyo = None
 
     dashboard = create_dashboard(lambda: current, effective)
     router = APIRouter(lifespan=lifespan)
@@ -120,7 +154,7 @@ def _document(router: APIRouter) -> None:
             503: {
                 "model": models.Detail,
                 "description": "Not committed, with `Retry-After`: Stripe delivers it again. No secret is configured, "
-                "the database is away, or more is waiting than can be committed soon.",
+                "the database is away, or more is waiting than can be committed or received soon.",
                 "headers": {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}},
             },
         },
@@ -137,7 +171,15 @@ def _document(router: APIRouter) -> None:
                     "required": True,
                     "description": "`t=<unix seconds>,v1=<hex HMAC-SHA256>[,v1=…]`",
                     "schema": {"type": "string"},
-                }
+                },
+                {
+                    "name": "shadow",
+                    "in": "query",
+                    "required": False,
+                    "description": "`1` for a twin endpoint on an API version that is to be tried: what it delivers is "
+                    "verified with STRIPE_SHADOW_WEBHOOK_SECRET, kept apart, and compared by `kamiyo upgrade-report`.",
+                    "schema": {"type": "string"},
+                },
             ],
         },
     )

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import asyncpg
 import pytest
@@ -24,16 +24,17 @@ from bench.chaos.proxy import carrying
 from bench.chaos.schedule import schedule
 from bench.chaos.stripe import Stripe
 from bench.chaos.traffic import traffic
-from kamiyo import database
+from kamiyo import database, inbox
 from kamiyo.cli import chaos as command
 from kamiyo.database import Connection
 from kamiyo.errors import KamiyoError
 from kamiyo.event import Event
 from kamiyo.handlers import Registry
-from kamiyo.web import create_app
+from kamiyo.web import create_app, system
 from kamiyo.worker import Worker
 from tests.conftest import (
     ROOT,
+    Log,
     MakeSettings,
     NewDatabase,
     deliver,
@@ -48,6 +49,9 @@ from tests.turns import NOW, example, put, work_off, worker_on
 _LAST_LINE = re.compile(
     r"events=(\d+) kills=(\d+) duplicates=(\d+) lost=(\d+) doubled=(\d+) backwards=(\d+) overlapped=(\d+) stuck=(\d+)"
 )
+# Real processes against the clock of a real machine: these run after the others, one by one.
+pytestmark = pytest.mark.alone
+
 _FAULTS_TRIED = ("acknowledges-before-commit", "settles-outside-transaction", "orders-by-arrival")
 
 
@@ -72,9 +76,10 @@ def _storm(*words: str) -> Iterator["subprocess.Popen[str]"]:
             process.kill()
 
 
-# On a crowded machine a run now and then ends without the clean line, and why is not understood yet. Until it is, the
-# storm is watched by itself, where its words are read, and does not decide whether a change lands.
-@pytest.mark.skipif(os.environ.get("KAMIYO_STORM") != "1", reason="the storm runs by itself: make chaos")
+@pytest.mark.skipif(
+    os.environ.get("KAMIYO_STORM") != "1",
+    reason="half a minute; .ci/run has two minutes of it, `make chaos` ten (KAMIYO_STORM=1 runs this one)",
+)
 def test_a_storm_loses_nothing_doubles_nothing_and_applies_nothing_backwards() -> None:
     with _storm("--seconds", "10", "--seed", "7") as storm:
         said, narrated = storm.communicate(timeout=110)
@@ -88,6 +93,11 @@ def test_a_storm_loses_nothing_doubles_nothing_and_applies_nothing_backwards() -
     assert duplicates > 100
 
 
+# Which moment a blow hits is the machine's to say: on a crowded one a broken build can get through one storm unharmed.
+# `make faults` has the machine to itself, and three seeds for each.
+_by_itself = pytest.mark.skipif(os.environ.get("KAMIYO_STORM") != "1", reason="broken builds are tried by: make faults")
+
+
 @pytest.fixture(scope="module")
 def broken_storms() -> Iterator[dict[str, "subprocess.Popen[str]"]]:
     """A storm for each of three broken builds, side by side: together they take hardly longer than one."""
@@ -98,6 +108,7 @@ def broken_storms() -> Iterator[dict[str, "subprocess.Popen[str]"]]:
         }
 
 
+@_by_itself
 @pytest.mark.parametrize("name", _FAULTS_TRIED)
 def test_a_broken_build_is_caught_by_its_name(broken_storms: dict[str, "subprocess.Popen[str]"], name: str) -> None:
     said, narrated = broken_storms[name].communicate(timeout=110)
@@ -301,6 +312,23 @@ async def test_a_database_that_dies_in_the_middle_of_a_start_delays_it_and_does_
         await settled(db, event_id, "processed")
 
 
+async def test_a_start_whose_question_is_not_answered_asks_again(
+    database_url: str, db: Connection, settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(system, "_START_PATIENCE_SECONDS", 0.2)
+    app = create_app(settings(KAMIYO_COMMIT_TIMEOUT=0.2, KAMIYO_WORKER=False))
+    async with contextlib.AsyncExitStack() as stack:
+        async with db.transaction():
+            await db.execute("LOCK TABLE webhook_migrations")
+            client = await stack.enter_async_context(running_client(app))
+            assert (await deliver(client, event_json())).status_code == 503
+
+        async def taken() -> bool:
+            return (await deliver(client, event_json())).status_code == 200
+
+        await until(taken)
+
+
 async def test_a_server_whose_connections_lead_nowhere_any_more_takes_new_ones(
     database_url: str, settings: MakeSettings
 ) -> None:
@@ -345,3 +373,44 @@ async def test_a_worker_whose_connections_lead_nowhere_any_more_takes_new_ones(
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(pool.close(), 1)
         pool.terminate()
+
+
+@pytest.mark.parametrize("amid", ["a question", "an answer"])
+async def test_a_session_that_falls_silent_amid_a_question_or_an_answer_is_ended_and_its_lanes_are_free(
+    database_url: str, db: Connection, settings: MakeSettings, log: Log, amid: str
+) -> None:
+    quick = settings(KAMIYO_HANDLER_TIMEOUT=0.2, KAMIYO_IDLE_LIMIT=1)
+    pool = await database.open_pool(database_url, size=4, application="test worker", idle_limit=1.2)
+    event_id = fresh_id()
+    await put(db, event_json(event_id))
+    cut_off = await asyncpg.connect(database_url, server_settings={"application_name": "test worker"})
+    await inbox.claim(cut_off, 1)
+    # As a process is that is frozen there, or whose route is lost.
+    if amid == "a question":
+        await cut_off.prepare("SELECT 'half of it, and the other half never comes'")
+        asking = None
+    else:
+        # The driver's transport is its own; nothing else stops it from reading.
+        cast(Any, cut_off)._transport.pause_reading()
+        asking = asyncio.create_task(cut_off.execute("SELECT repeat('x', 1000) FROM generate_series(1, 100000)"))
+
+    async def silent() -> bool:
+        return bool(
+            await db.fetchval(
+                "SELECT wait_event_type = 'Client' AND state = 'active' AND now() - state_change > '1.2 s' "
+                "FROM pg_stat_activity WHERE pid = $1",
+                cut_off.get_server_pid(),
+            )
+        )
+
+    await until(silent)
+    worker = Worker(pool, database_url, quick, Registry())
+    running = asyncio.create_task(worker.run())
+    await settled(db, event_id, "processed")
+    assert [line["count"] for line in log() if line["event"] == "silent_sessions_ended"] == [1]
+    worker.stop()
+    await running
+    await pool.close()
+    cut_off.terminate()
+    if asking is not None:
+        await asyncio.wait([asking])

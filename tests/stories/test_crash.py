@@ -21,6 +21,9 @@ from kamiyo.database import Connection
 from tests.conftest import DEADLINE, ROOT, event_json, settled, until
 from tests.turns import NOW, failures_of, put, row_of, statuses
 
+# What is to be killed in the middle of something has to be in the middle of it: these run after the others, one by one.
+pytestmark = pytest.mark.alone
+
 #: Seconds within which what a dead worker held runs again: a worker looks for such by itself every two.
 WITHIN_SECONDS = 8.0
 
@@ -33,7 +36,8 @@ async def shop(db: Connection) -> AsyncIterator[Connection]:
     yield db
     # If the story went wrong, a worker's session may still hold the table.
     await db.execute(
-        "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE application_name LIKE 'doomed %'"
+        "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity "
+        "WHERE datname = current_database() AND application_name LIKE 'doomed %'"
     )
     await db.execute("DROP SCHEMA shop CASCADE")
 

@@ -278,7 +278,8 @@ async def test_by_keyboard_alone_one_signs_in_finds_what_is_stuck_and_retries_it
     context.set_default_timeout(10_000)
     page = await context.new_page()
     await page.goto(f"{desk.url}/events/{event_id}")
-    # The field has the focus already.
+    # The field has the focus already; a browser that is kept busy gives it a moment after the page has loaded.
+    await expect(page.locator("input[name=key]")).to_be_focused()
     await page.keyboard.type(ADMIN_KEY)
     await page.keyboard.press("Enter")
     await page.wait_for_url(f"{desk.url}/events/{event_id}")

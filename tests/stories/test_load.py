@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import os
 import random
+import signal
 import sys
 import time
 from collections import Counter
@@ -28,9 +29,12 @@ from kamiyo.database import Connection
 from tests.conftest import ADMIN_KEY, SECRET, NewDatabase, Served, event_json, fresh_id, serving, settled, until
 from tests.turns import NOW, example, put
 
-SECONDS = float(os.environ.get("KAMIYO_LOAD_SECONDS", "8"))
+# Load and grace are measured in seconds: these run after the others, one by one.
+pytestmark = pytest.mark.alone
 
-#: What a server takes of memory when ten times the load it can carry is thrown at it, in bytes: see docs/proof.md.
+SECONDS = float(os.environ.get("KAMIYO_LOAD_SECONDS", "4"))
+
+#: What a server takes of memory at most, in bytes, whatever is thrown at it: see docs/operations.md.
 MOST_RESIDENT = 256 << 20
 
 
@@ -133,7 +137,8 @@ async def test_at_ten_times_the_load_it_can_carry_a_server_sheds_and_keeps_what_
             await asyncio.wait([flood], timeout=0.02)
         shed = flood.result()
         assert set(shed.statuses) <= {"200", "503", "connection"}, shed.statuses
-        assert shed.statuses["connection"] < 0.01 * shed.statuses.total()
+        # A connection that the machine does not get round to in time is a retry, like a 503; most are to be answered.
+        assert shed.statuses["connection"] < 0.05 * shed.statuses.total()
         assert shed.statuses["503"] > shed.statuses["200"] > 0
         assert shed.retry_after == {"2"}
         assert most < MOST_RESIDENT, f"{most >> 20} MiB"
@@ -195,6 +200,7 @@ async def _offered(port: int, *, connections: int, rate: float, seconds: float) 
             while sent < now * rate:
                 tickets.put_nowait(None)
                 sent += 1
+            # Load at a rate is made of time: what is due is sent every hundredth of a second.
             await asyncio.sleep(0.01)
         for carrier in carriers:
             carrier.cancel()
@@ -204,31 +210,73 @@ async def _offered(port: int, *, connections: int, rate: float, seconds: float) 
 # ── Slow clients ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_three_hundred_slow_clients_hold_up_no_delivery_and_slow_bodies_are_sent_away(
+async def test_three_hundred_slow_clients_hold_up_no_delivery_and_are_sent_away(
     database_url: str, tmp_path: Path
 ) -> None:
-    # The limit is fifteen seconds; nobody has to wait for that here.
-    (tmp_path / "hurry.py").write_text("import kamiyo.web.webhooks as w\nw._BODY_SECONDS = 2.0\n")
-    with serving(database_url, folder=tmp_path, KAMIYO_HANDLERS="hurry") as server:
-        port = port_of(server)
-        async with contextlib.AsyncExitStack() as stack:
-            in_headers = [await stack.enter_async_context(_slow_client(port)) for _ in range(150)]
-            in_body = [await stack.enter_async_context(_slow_client(port)) for _ in range(150)]
+    [port] = free_ports(1)
+    env = _env(database_url, tmp_path, PORT=str(port), KAMIYO_WORKER="false")
+    # The limits are fifteen seconds; nobody has to wait for that here.
+    hurry = (
+        "import kamiyo.web.bounds, kamiyo.web.webhooks as w\nw._BODY_SECONDS = kamiyo.web.bounds.HEAD_SECONDS = 2.0\n"
+    )
+    (tmp_path / "hurry.py").write_text(hurry)
+    async with _alone("serve", env | {"KAMIYO_HANDLERS": "hurry"}, tmp_path), contextlib.AsyncExitStack() as stack:
+        await listening([port])
+        clients = [await stack.enter_async_context(_slow_client(port)) for _ in range(300)]
+        silent, in_headers, in_body = clients[::3], clients[1::3], clients[2::3]
+        for _, writer in in_headers:
+            writer.write(b"POST /api/v1/webhooks/stripe HTTP/1.1\r\nHost: kam")
+        for _, writer in in_body:
+            writer.write(delivery(event_json())[:-20])
+        took = []
+        for _ in range(40):
             for _, writer in in_headers:
-                writer.write(b"POST /api/v1/webhooks/stripe HTTP/1.1\r\nHost: kam")
-            for _, writer in in_body:
-                writer.write(delivery(event_json())[:-20])
-            took = []
-            for _ in range(40):
-                for _, writer in in_headers:
-                    writer.write(b"i")
-                began = time.monotonic()
-                assert (await post(port, event_json())).status == "200"
-                took.append(time.monotonic() - began)
-            assert sorted(took)[len(took) // 2] < 0.5, took
-            for reader, _ in in_body:
-                async with asyncio.timeout(20):
-                    assert (await reader.readline()).startswith(b"HTTP/1.1 408")
+                writer.write(b"i")
+            began = time.monotonic()
+            assert (await post(port, event_json())).status == "200"
+            took.append(time.monotonic() - began)
+        assert sorted(took)[len(took) // 2] < 0.5, took
+        async with asyncio.timeout(20):
+            for reader, _ in in_headers + in_body:
+                assert (await reader.readline()).startswith(b"HTTP/1.1 408")
+            for reader, _ in silent:
+                assert await reader.read() == b""
+
+
+async def test_half_bodies_and_heads_without_end_take_no_more_memory_than_they_may(
+    database_url: str, tmp_path: Path
+) -> None:
+    [port] = free_ports(1)
+    env = _env(database_url, tmp_path, PORT=str(port), KAMIYO_WORKER="false", KAMIYO_LOG_LEVEL="error")
+    half = delivery(event_json(obj={"id": "ch_1", "object": "charge", "description": "x" * 1_000_000}))[:-20]
+    head = b"GET / HTTP/1.1\r\nHost: kamiyo\r\n" + b"".join(b"x-%d: %s\r\n" % (n, b"y" * 1000) for n in range(200))
+    async with _alone("serve", env, tmp_path) as server, contextlib.AsyncExitStack() as stack:
+        await listening([port])
+        watched = psutil.Process(server.pid)
+        answers: Counter[bytes] = Counter()
+
+        async def send(what: bytes) -> None:
+            reader, writer = await stack.enter_async_context(_slow_client(port))
+            with contextlib.suppress(OSError):
+                writer.write(what)
+                await writer.drain()
+                answers[(await reader.readline())[9:12]] += 1
+
+        # Those within the bound are held for their fifteen seconds; the others are sent away at once.
+        senders = [asyncio.create_task(send(half)) for _ in range(250)]
+        await until(lambda: _true(sum(task.done() for task in senders) > 100))
+        await asyncio.gather(*(send(head) for _ in range(20)))
+        assert watched.memory_info().rss < MOST_RESIDENT, f"{watched.memory_info().rss >> 20} MiB"
+        # A delivery in one piece does not wait behind them.
+        assert (await post(port, event_json())).status == "200"
+        for sender in senders:
+            sender.cancel()
+    assert answers[b"503"] > 100
+    assert answers[b"431"] + answers[b""] == 20
+
+
+async def _true(value: bool) -> bool:
+    return value
 
 
 @contextlib.asynccontextmanager
@@ -238,6 +286,8 @@ async def _slow_client(port: int) -> AsyncIterator[tuple[asyncio.StreamReader, a
         yield reader, writer
     finally:
         writer.transport.abort()
+        # The socket is closed on the loop's next round, which may not come before whoever waits for a process is done.
+        await asyncio.sleep(0)
 
 
 # ── SIGTERM ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -317,7 +367,7 @@ async def test_sigterm_lets_a_worker_finish_what_it_handles_and_gives_the_rest_b
     assert {stands[second][0], stands[third][0]} <= {"pending", "processing", "processed"}
     assert first in effects
     log = worker.log.read_text()
-    assert '"claims_given_back"' in log
+    assert '"claim_given_back"' in log
 
 
 async def test_sigterm_abandons_a_handler_that_outlasts_the_grace_and_its_event_is_as_it_was(
@@ -364,11 +414,7 @@ async def test_sigterm_lets_a_server_answer_what_is_in_flight(
         async with db.transaction():
             await db.execute("LOCK TABLE webhook_events IN SHARE MODE")
             answer = asyncio.create_task(post(port, event_json(event_id, "customer.updated", example("customer"))))
-
-            async def waits() -> bool:
-                return bool(await db.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"))
-
-            await until(waits)
+            await until(lambda: _waits(db))
             stopping = asyncio.create_task(_stopped(server))
             await until(lambda: _refuses(port))
         assert (await answer).status == "200"
@@ -376,34 +422,91 @@ async def test_sigterm_lets_a_server_answer_what_is_in_flight(
     assert await db.fetchval("SELECT status FROM webhook_events WHERE event_id = $1", event_id) == "processed"
 
 
-@pytest.mark.parametrize(
-    "handler_too",
-    [
-        False,
-        pytest.param(
-            True,
-            marks=pytest.mark.xfail(
-                strict=True, reason="kamiyo serve waits for clients first and for handlers then, a whole grace each"
-            ),
-        ),
-    ],
-)
-async def test_sigterm_ends_a_server_within_its_grace_whatever_a_client_and_a_handler_do(
-    slow_database: tuple[str, Connection], tmp_path: Path, handler_too: bool
+async def test_a_delivery_that_outlasts_the_grace_is_answered_503(
+    slow_database: tuple[str, Connection], tmp_path: Path
+) -> None:
+    url, db = slow_database
+    [port] = free_ports(1)
+    env = _env(url, tmp_path, PORT=str(port), KAMIYO_WORKER="false") | {"KAMIYO_SHUTDOWN_GRACE": "1"}
+    async with _alone("serve", env, tmp_path) as server, db.transaction():
+        await listening([port])
+        await db.execute("LOCK TABLE webhook_events IN SHARE MODE")
+        answer = asyncio.create_task(post(port, event_json()))
+        await until(lambda: _waits(db))
+        await _stopped(server)
+        assert (await answer).status == "503"
+
+
+async def _waits(db: Connection) -> bool:
+    return bool(await db.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"))
+
+
+async def test_a_server_whose_output_goes_to_a_full_disk_starts_and_receives(
+    slow_database: tuple[str, Connection], tmp_path: Path
+) -> None:
+    url, _ = slow_database
+    [port] = free_ports(1)
+    async with _alone("serve", _env(url, tmp_path, PORT=str(port)), tmp_path, output=Path("/dev/full")):
+        await listening([port])
+        assert (await post(port, event_json())).status == "200"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_sigterm_ends_a_server_within_its_grace_whatever_clients_and_handlers_do(
+    slow_database: tuple[str, Connection], tmp_path: Path, workers: int
 ) -> None:
     url, db = slow_database
     [port] = free_ports(1)
     event_id = fresh_id()
-    async with _alone("serve", _env(url, tmp_path, PORT=str(port)), tmp_path) as server:
+    async with _alone("serve", _env(url, tmp_path, PORT=str(port)), tmp_path, "--workers", str(workers)) as server:
         await listening([port])
-        if handler_too:
-            await put(db, _charge(event_id, 25))
-            await _has_begun(tmp_path, event_id)
+        await put(db, _charge(event_id, 25))
+        await _has_begun(tmp_path, event_id)
         async with _slow_client(port) as (_, writer):
             writer.write(delivery(event_json())[:-20])
             await writer.drain()
             assert await _stopped(server) < _GRACE + _MARGIN
     assert await db.fetchval("SELECT count(*) FROM webhook_events WHERE status = 'processing'") == 0
+
+
+async def test_the_grace_of_an_application_of_ones_own_counts_from_the_signal_though_its_server_waits_for_a_client(
+    slow_database: tuple[str, Connection], tmp_path: Path
+) -> None:
+    url, db = slow_database
+    _env(url, tmp_path)
+    event_id = fresh_id()
+    with serving(url, folder=tmp_path, KAMIYO_HANDLERS="slow", KAMIYO_SHUTDOWN_GRACE="0.5") as server:
+        await put(db, _charge(event_id, 25))
+        await _has_begun(tmp_path, event_id)
+        async with _slow_client(port_of(server)) as (_, writer):
+            writer.write(delivery(event_json())[:-20])
+            await writer.drain()
+            server.process.send_signal(signal.SIGTERM)
+            await settled(db, event_id, "pending")
+            assert server.process.poll() is None, "uvicorn waits for its clients as long as it was told to: for ever"
+
+
+@pytest.mark.parametrize("how", ["refuses", "says nothing"])
+async def test_a_database_that_is_away_does_not_make_a_stop_take_the_whole_grace(
+    slow_database: tuple[str, Connection], tmp_path: Path, how: str
+) -> None:
+    url, db = slow_database
+    [port] = free_ports(1)
+    event_id = fresh_id()
+    async with carrying(url) as proxy, contextlib.AsyncExitStack() as stack:
+        server = await stack.enter_async_context(
+            _alone("serve", _env(proxy.url, tmp_path, PORT=str(port)) | {"KAMIYO_SHUTDOWN_GRACE": "6"}, tmp_path)
+        )
+        await listening([port])
+        await put(db, _charge(event_id, 25))
+        await _has_begun(tmp_path, event_id)
+        if how == "refuses":
+            await stack.enter_async_context(proxy.unreachable())
+        else:
+            proxy.fall_silent()
+        assert await _stopped(server) < (2 if how == "refuses" else 5)
+    # Whoever comes next finds it.
+    assert await db.fetchval("SELECT status FROM webhook_events WHERE event_id = $1", event_id) == "processing"
 
 
 async def _refuses(port: int) -> bool:
@@ -416,9 +519,11 @@ async def _refuses(port: int) -> bool:
 
 
 @contextlib.asynccontextmanager
-async def _alone(command: str, env: dict[str, str], folder: Path) -> AsyncIterator[Member]:
-    """One process that nobody starts again."""
-    member = Member(command, (sys.executable, "-m", "kamiyo", command), env, folder)
+async def _alone(
+    command: str, env: dict[str, str], folder: Path, *options: str, output: Path | None = None
+) -> AsyncIterator[Member]:
+    """One process that nobody starts again, writing to `output` or to a log in `folder`."""
+    member = Member(command, (sys.executable, "-m", "kamiyo", command, *options), env, folder, output=output)
     life = asyncio.create_task(member.live_once())
     try:
         yield member
@@ -460,6 +565,7 @@ async def test_a_rolling_restart_of_two_servers_under_load_loses_no_request(
                         statuses["connection"] += 1
                         connections.drop(server)
                         server = 1 - server
+                        # A client's own pause between two attempts; nothing is waited for.
                         await asyncio.sleep(0.01)
                         continue
                     statuses[answer.status] += 1

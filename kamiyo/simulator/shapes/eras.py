@@ -1,10 +1,12 @@
 """Which fields an object has in which API version, and the templates that hold them all.
 
 A template in `objects/` has the fields of every version, with what Stripe says when there is nothing to say.
-`_ERAS` takes away those that a version does not have. Source: Stripe's changelog, above all 2025-03-31.basil
-(billing periods on items, `invoice.parent`) and 2025-09-30.clover (`discount.source`).
+`_ERAS` takes away those that a version does not have. Sources: Stripe's changelog, above all 2025-03-31.basil
+(billing periods on items, `invoice.parent`) and 2025-09-30.clover (`discount.source`), and the classes of Stripe's
+Python library from release to release, which say when a field came that the changelog does not call breaking.
 """
 
+from bisect import bisect_right
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -26,6 +28,7 @@ CURRENT_API_VERSION: str = API_VERSIONS[-1]
 
 Json = dict[str, Any]
 
+ACACIA = "2024-09-30"
 BASIL = "2025-03-31"
 CLOVER = "2025-09-30"
 DAHLIA = "2026-03-25"
@@ -34,82 +37,100 @@ ENDIVE = "2026-09-30"
 #: Stripe cuts a list inside an object at this many; the rest is at the list's `url`.
 NESTED_LIST_LIMIT = 10
 
-_ALWAYS, _EVER = "", "9999"
+_ALWAYS = ""
 
-#: Fields that not every version has: the version that brought them, and the one that took them away.
-_ERAS: dict[str, dict[str, tuple[str, str]]] = {
-    "customer": {"customer_account": (DAHLIA, _EVER)},
+#: Fields that not every version has: the version that brought them, the one that took them away, the one that brought
+#: them back. Versions between the great ones are dates of their own: each month's adds, and takes nothing away.
+_ERAS: dict[str, dict[str, tuple[str, ...]]] = {
+    "customer": {"customer_account": ("2025-12-15",)},
     "discount": {
         "coupon": (_ALWAYS, CLOVER),
-        "customer_account": (DAHLIA, _EVER),
-        "source": (CLOVER, _EVER),
-        "subscription_item": (BASIL, _EVER),
+        "customer_account": ("2025-12-15",),
+        "source": (CLOVER,),
     },
     "subscription": {
-        "billing_mode": (CLOVER, _EVER),
-        "billing_schedules": (ENDIVE, _EVER),
+        "automatic_tax.disabled_reason": ("2024-12-18",),
+        "billing_mode": ("2025-06-30",),
+        "billing_schedules": ("2026-05-27",),
+        # Basil took them away, and three months later they were back.
+        "billing_thresholds": (_ALWAYS, BASIL, "2025-05-28"),
         "current_period_end": (_ALWAYS, BASIL),
         "current_period_start": (_ALWAYS, BASIL),
-        "customer_account": (DAHLIA, _EVER),
+        "customer_account": ("2025-12-15",),
         "discount": (_ALWAYS, BASIL),
-        "managed_payments": (ENDIVE, _EVER),
-        "plan": (_ALWAYS, BASIL),
-        "quantity": (_ALWAYS, BASIL),
+        "managed_payments": ("2026-04-22",),
+        # `plan` and `quantity` are documented for none, and in the events of all, where there is a single item.
     },
     "subscription_item": {
-        "current_period_end": (BASIL, _EVER),
-        "current_period_start": (BASIL, _EVER),
+        "billing_thresholds": (_ALWAYS, BASIL, "2025-05-28"),
+        "current_period_end": (BASIL,),
+        "current_period_start": (BASIL,),
     },
     "plan": {"aggregate_usage": (_ALWAYS, BASIL)},
+    "price": {"recurring.aggregate_usage": (_ALWAYS, BASIL)},
     "invoice": {
-        "amount_overpaid": (BASIL, _EVER),
+        "amount_overpaid": (BASIL,),
         "application_fee_amount": (_ALWAYS, BASIL),
+        "automatic_tax.disabled_reason": ("2024-12-18",),
+        "automatic_tax.provider": ("2025-04-30",),
+        "automatically_finalizes_at": (ACACIA,),
         "charge": (_ALWAYS, BASIL),
-        "customer_account": (DAHLIA, _EVER),
+        "customer_account": ("2025-12-15",),
         "discount": (_ALWAYS, BASIL),
         "paid": (_ALWAYS, BASIL),
         "paid_out_of_band": (_ALWAYS, BASIL),
-        "parent": (BASIL, _EVER),
+        "parent": (BASIL,),
         "payment_intent": (_ALWAYS, BASIL),
         "quote": (_ALWAYS, BASIL),
         "subscription": (_ALWAYS, BASIL),
         "subscription_details": (_ALWAYS, BASIL),
         "tax": (_ALWAYS, BASIL),
-        "total_pretax_credit_amounts": (BASIL, _EVER),
+        "total_pretax_credit_amounts": (ACACIA,),
         "total_tax_amounts": (_ALWAYS, BASIL),
-        "total_taxes": (BASIL, _EVER),
+        "total_taxes": (BASIL,),
         "transfer_data": (_ALWAYS, BASIL),
     },
     "line_item": {
         "amount_excluding_tax": (_ALWAYS, BASIL),
-        "parent": (BASIL, _EVER),
+        "invoice_item": (_ALWAYS, BASIL),
+        "parent": (BASIL,),
         "plan": (_ALWAYS, BASIL),
-        "pretax_credit_amounts": (BASIL, _EVER),
+        "pretax_credit_amounts": (ACACIA,),
         "price": (_ALWAYS, BASIL),
-        "pricing": (BASIL, _EVER),
+        "pricing": (BASIL,),
         "proration": (_ALWAYS, BASIL),
         "proration_details": (_ALWAYS, BASIL),
-        "quantity_decimal": (ENDIVE, _EVER),
+        "quantity_decimal": (DAHLIA,),
         "subscription_item": (_ALWAYS, BASIL),
-        "subtotal": (ENDIVE, _EVER),
+        "subtotal": ("2025-12-15",),
         "tax_amounts": (_ALWAYS, BASIL),
         "tax_rates": (_ALWAYS, BASIL),
-        "taxes": (BASIL, _EVER),
+        "taxes": (BASIL,),
         "type": (_ALWAYS, BASIL),
         "unit_amount_excluding_tax": (_ALWAYS, BASIL),
     },
-    "payment_method": {"customer_account": (DAHLIA, _EVER)},
-    "payment_intent": {
-        "customer_account": (DAHLIA, _EVER),
-        "excluded_payment_method_types": (CLOVER, _EVER),
-        "invoice": (_ALWAYS, BASIL),
-        "managed_payments": (ENDIVE, _EVER),
+    "payment_method": {
+        "billing_details.tax_id": ("2025-04-30",),
+        "card.regulated_status": ("2024-12-18",),
+        "customer_account": ("2025-12-15",),
     },
-    "charge": {"invoice": (_ALWAYS, BASIL)},
+    "payment_intent": {
+        "customer_account": ("2025-12-15",),
+        "excluded_payment_method_types": ("2025-08-27",),
+        "invoice": (_ALWAYS, BASIL),
+        "managed_payments": ("2026-04-22",),
+    },
+    "charge": {
+        "billing_details.tax_id": ("2025-04-30",),
+        "invoice": (_ALWAYS, BASIL),
+        "payment_method_details.card.authorization_code": (ACACIA,),
+        "payment_method_details.card.network_transaction_id": ("2024-12-18",),
+        "payment_method_details.card.regulated_status": ("2024-12-18",),
+    },
     "refund": {
-        "customer": (DAHLIA, _EVER),
-        "customer_account": (DAHLIA, _EVER),
-        "payment_method": (DAHLIA, _EVER),
+        "customer": (ENDIVE,),
+        "customer_account": (ENDIVE,),
+        "payment_method": (ENDIVE,),
     },
 }
 
@@ -131,9 +152,14 @@ def template(kind: str, version: str) -> Json:
 @cache
 def _template(kind: str, version: str) -> bytes:
     fields = _decode(_TEMPLATES[kind])
-    for name, (since, until) in _ERAS.get(kind, {}).items():
-        if not since <= version < until:
-            del fields[name]
+    for name, bounds in _ERAS.get(kind, {}).items():
+        if bisect_right(bounds, version) % 2 == 0:
+            *path, last = name.split(".")
+            inside: Json | None = fields
+            for step in path:
+                inside = inside and inside[step]
+            if inside is not None:
+                del inside[last]
     return _encode(fields)
 
 

@@ -122,6 +122,7 @@ def _line(invoice: Invoice, line: Line, version: str) -> Json:
         description=line.description,
         discountable=not line.proration,
         invoice=invoice.id or None,
+        invoice_item=None if line.item else f"ii_{line.id[3:]}",
         parent=_line_parent(invoice, line),
         period={"end": line.period_end, "start": line.period_start},
         plan=plan(line.price, version) if line.price else None,
@@ -135,6 +136,10 @@ def _line(invoice: Invoice, line: Line, version: str) -> Json:
         type="subscription" if line.item else "invoiceitem",
         unit_amount_excluding_tax=str(amount),
     )
+    # Until Basil a line had the one that it came from; since then they are under `parent`, where there is always both.
+    for origin in ("invoice_item", "subscription_item"):
+        if shaped.get(origin, "") is None:
+            del shaped[origin]
     return shaped
 
 

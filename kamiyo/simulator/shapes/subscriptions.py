@@ -1,7 +1,7 @@
 """How Stripe words what is sold and who subscribed to it."""
 
 from kamiyo.simulator.facts import Item, Price, Product, Subscription
-from kamiyo.simulator.shapes.eras import BASIL, NESTED_LIST_LIMIT, Json, fill
+from kamiyo.simulator.shapes.eras import NESTED_LIST_LIMIT, Json, fill
 
 
 def product(fact: Product, version: str) -> Json:
@@ -31,8 +31,6 @@ def price(fact: Price, version: str) -> Json:
         unit_amount_decimal=str(fact.unit_amount),
     )
     shaped["recurring"]["interval"] = fact.interval
-    if version >= BASIL:
-        del shaped["recurring"]["aggregate_usage"]
     return shaped
 
 

@@ -149,7 +149,7 @@ def _retrying(standing: Fields) -> list[Concern]:
     words = "failed event is tried again by itself" if many == 1 else "failed events are tried again by themselves"
     upcoming: datetime | None = standing["next_retry_at"]
     text = f"Next {wording.relative(upcoming, standing['now'])}. " if upcoming and upcoming > standing["now"] else ""
-    text += "After five tries an event is dead, about 43 minutes after the first."
+    text += "After five tries an event is dead."
     title = f"{wording.count(many, MOST_COUNTED)} {words}"
     return [Concern("calm", title, text, "Which", "/events?status=retrying")]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.responses import RedirectResponse, Response
 
-from kamiyo import alerts, handlers, inbox
+from kamiyo import alerts, handlers, inbox, tracing
 from kamiyo.errors import PayloadError
 from kamiyo.event import decode
 from kamiyo.inbox import Filters, Status
@@ -281,9 +281,12 @@ async def event(visit: Visit) -> Response:
         told = changes.event_of(row["body"], row["created_at"]) if row["body"] is not None else None
         effect = await queries.effect(db, told, row["created_at"]) if told is not None else None
     last = failures[-1] if failures and row["status"] == "failed" else None
+    trace_id = tracing.trace_id_of(event_id) if visit.site.settings.traces else None
     return visit.page(
         "event.html",
         dead=dead,
+        trace_id=trace_id,
+        trace_url=visit.site.settings.trace_url.replace("{trace_id}", trace_id) if trace_id else "",
         event=row,
         state=wording.state(row),
         failures=failures[::-1],

@@ -1,0 +1,155 @@
+"""The settings: keys and secrets, the settings' file, the log, the handlers' modules."""
+
+import re
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from kamiyo import handlers
+from kamiyo.doctor.finding import Finding, count, failed, passed, warning
+from kamiyo.errors import SettingsError
+from kamiyo.settings import LogFormat, Settings
+
+_SHORTEST_ADMIN_KEY = 24
+
+_FEWEST_KINDS_OF_LETTERS = 8
+
+_PLACEHOLDER = re.compile(r"\.\.\.|…|your_|change.?me|example|secure_admin_key", re.IGNORECASE)
+
+
+def secrets(settings: Settings) -> Iterator[Finding]:
+    """The signing secrets, the admin key and Stripe's keys: count, shape, strength and mode."""
+    yield _signing_secrets(settings.webhook_secrets)
+    yield _admin_key(settings)
+    yield _stripe_keys(settings)
+
+
+def _signing_secrets(given: Sequence[str]) -> Finding:
+    check, copy = "signing secret", "Copy the endpoint's signing secret (whsec_…) from the Stripe dashboard into "
+    if not given:
+        return failed(
+            check,
+            "STRIPE_WEBHOOK_SECRET is not set, so every delivery is answered 503",
+            f"{copy}STRIPE_WEBHOOK_SECRET.",
+        )
+    seen = f"STRIPE_WEBHOOK_SECRET holds {count(len(given), 'secret')}"
+    for number, secret in enumerate(given, 1):
+        what = f"{seen}; number {number} "
+        if secret.startswith(("sk_", "rk_", "pk_")):
+            return failed(check, f"{what}is an API key", f"{copy}its place.")
+        if secret.startswith("we_"):
+            return failed(check, f"{what}is an endpoint's id", f"{copy}its place: it is shown beside the id.")
+        if _PLACEHOLDER.search(secret):
+            return failed(check, f"{what}is a placeholder", f"{copy}its place.")
+        if not secret.startswith("whsec_"):
+            return failed(check, f"{what}does not begin with whsec_", f"{copy}its place, whole.")
+        if not re.fullmatch(r"whsec_[A-Za-z0-9+/=_-]{24,}", secret):
+            return failed(
+                check,
+                f"{what}is too short, or has characters that Stripe's secrets do not have",
+                f"{copy}its place, whole and without quotation marks or spaces.",
+            )
+    if len(set(given)) < len(given):
+        return warning(check, f"{seen}, one of them twice", "Take the second copy out of STRIPE_WEBHOOK_SECRET.")
+    if len(given) > 4:
+        return warning(
+            check,
+            f"{seen}: each of them lets deliveries in",
+            "Take out of STRIPE_WEBHOOK_SECRET those that no endpoint signs with any more, after a rotation say.",
+        )
+    return passed(check, f"{seen}, shaped as Stripe's are")
+
+
+def _admin_key(settings: Settings) -> Finding:
+    check, key = "admin key", settings.admin_api_key.get_secret_value()
+    mend = "Set ADMIN_API_KEY to what this prints: openssl rand -hex 32"
+    if not key:
+        return failed(check, "ADMIN_API_KEY is not set, so the calls of operators answer 503", mend)
+    if _PLACEHOLDER.search(key):
+        return failed(check, "ADMIN_API_KEY is a placeholder, which anyone can read in the guide", mend)
+    if key in (*settings.webhook_secrets, settings.stripe_secret_key.get_secret_value()):
+        return failed(check, "ADMIN_API_KEY is the same as another secret", mend)
+    if len(key) < _SHORTEST_ADMIN_KEY or len(set(key)) < _FEWEST_KINDS_OF_LETTERS:
+        return failed(
+            check,
+            f"ADMIN_API_KEY has {len(key)} characters, {len(set(key))} different ones: it can be guessed",
+            mend,
+        )
+    return passed(check, f"ADMIN_API_KEY has {len(key)} characters, {len(set(key))} different ones")
+
+
+def _stripe_keys(settings: Settings) -> Finding:
+    check = "stripe key"
+    key, public = settings.stripe_secret_key.get_secret_value(), settings.stripe_publishable_key
+    if not key:
+        return warning(
+            check,
+            "STRIPE_SECRET_KEY is not set: events that were never delivered stay unknown, and the endpoints that "
+            "Stripe knows were not looked at",
+            "Set STRIPE_SECRET_KEY to a restricted key (rk_…) that may read events and webhook endpoints.",
+        )
+    shape = re.match(r"(sk|rk)_(live|test)_", key)
+    if key.startswith("pk_"):
+        return failed(
+            check, "STRIPE_SECRET_KEY is a publishable key", "Set it to the secret or a restricted key (sk_… or rk_…)."
+        )
+    if not shape or _PLACEHOLDER.search(key):
+        return failed(
+            check,
+            "STRIPE_SECRET_KEY does not look like a key of Stripe's",
+            "Copy it anew from the Stripe dashboard: it begins with rk_live_, rk_test_, sk_live_ or sk_test_.",
+        )
+    mode = shape[2]
+    if public and f"_{mode}_" not in public:
+        return failed(
+            check,
+            f"STRIPE_SECRET_KEY is a {mode} key, and STRIPE_PUBLISHABLE_KEY is not",
+            "Take both from the same mode of the same account.",
+        )
+    if mode == "test" and not settings.development:
+        return warning(
+            check,
+            "STRIPE_SECRET_KEY is a test key: live events are not compared with Stripe's list",
+            "In production set the key of live mode; for a trial set KAMIYO_ENV=development.",
+        )
+    kind = "restricted" if shape[1] == "rk" else "full"
+    return passed(check, f"STRIPE_SECRET_KEY is a {kind} key of {mode} mode")
+
+
+def env_file(path: Path) -> Iterator[Finding]:
+    """Whether others on this machine can read the settings' file, where there is one."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return
+    if stat.S_IMODE(mode) & (stat.S_IRWXG | stat.S_IRWXO):
+        yield warning(
+            "settings file",
+            f"{path} can be read by others on this machine (mode {stat.S_IMODE(mode):o})",
+            f"chmod 600 {path}",
+        )
+    else:
+        yield passed("settings file", f"{path} is readable by its owner alone")
+
+
+def logs(settings: Settings) -> Iterator[Finding]:
+    """How loud the log is, and in which form. Whether somebody reads it cannot be seen from here."""
+    seen = f"KAMIYO_LOG_LEVEL is {settings.log_level}, KAMIYO_LOG_FORMAT is {settings.log_format.value}"
+    if settings.log_level == "error":
+        yield warning("logs", f"{seen}: refused deliveries and failed tries are not logged", "KAMIYO_LOG_LEVEL=info")
+    elif settings.log_level == "debug" and not settings.development:
+        yield warning("logs", f"{seen}: more than anyone reads", "KAMIYO_LOG_LEVEL=info")
+    elif settings.log_format is LogFormat.console and not settings.development:
+        yield warning("logs", f"{seen}: no log collector can read that", "KAMIYO_LOG_FORMAT=json")
+    else:
+        yield passed("logs", f"{seen}; collect standard error, and watch the lines of level error")
+
+
+def own_handlers(settings: Settings) -> Finding:
+    try:
+        handlers.load(settings.handler_modules)
+    except SettingsError as error:
+        return failed("handlers", str(error), "Mend the module, or its name in KAMIYO_HANDLERS.")
+    own = handlers.registry.types()
+    modules = ", ".join(settings.handler_modules) or "none"
+    return passed("handlers", f"modules: {modules}; {count(len(own), 'event type')} with a handler of your own")

@@ -1,0 +1,152 @@
+"""What Stripe knows: its endpoints that deliver here, and its clock."""
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from datetime import UTC
+from email.utils import parsedate_to_datetime
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from kamiyo import handlers
+from kamiyo.database import DATABASE_ERRORS, Pool
+from kamiyo.doctor.finding import STRIPE_PATH, Finding, Subject, count, failed, passed, shown, warning, words
+from kamiyo.doctor.postgresql import CLOCK_SECONDS, clock
+from kamiyo.settings import Settings
+from kamiyo.stripe_api import StripeApi, StripeError, StripeRefused
+
+#: The newest API version whose shapes this Kamiyo was tried with.
+NEWEST_API_VERSION = "2026-10-28"
+
+_NOT_ASKED: tuple[type[BaseException], ...] = (*DATABASE_ERRORS, KeyError, TypeError)
+
+
+async def stripe(subject: Subject, pool: Pool | None) -> list[Finding]:
+    """The endpoints that Stripe has for the key's account and mode, and its clock. Nothing without a key."""
+    settings = subject.settings
+    if not settings.stripe_secret_key.get_secret_value():
+        return []
+    if pool is None:
+        return [
+            warning("stripe", "was not asked: the requests' budget is kept in the database", "Mend the database first.")
+        ]
+    api = StripeApi(pool, settings)
+    try:
+        endpoints = await _endpoints_of(api)
+    except StripeRefused as error:
+        may = "Let the key read webhook endpoints (Stripe dashboard, API keys), or set one that exists."
+        return [failed("stripe", str(error), may)]
+    except StripeError as error:
+        return [warning("stripe", str(error), "Run this again later; look at the network between here and Stripe.")]
+    except _NOT_ASKED as error:
+        return [warning("stripe", f"was not asked: {words(error)}", "Mend the database first; run `kamiyo migrate`.")]
+    finally:
+        await api.close()
+    found = list(endpoints_known(endpoints, subject, livemode=api.livemode))
+    return [*found, *await _stripes_clock(settings)]
+
+
+async def _endpoints_of(api: StripeApi) -> list[dict[str, Any]]:
+    endpoints: list[dict[str, Any]] = []
+    async for page, _ in api.pages("/v1/webhook_endpoints", patience=20):
+        endpoints += page.value["data"]
+    return endpoints
+
+
+def endpoints_known(endpoints: Iterable[dict[str, Any]], subject: Subject, *, livemode: bool) -> Iterator[Finding]:
+    """What Stripe's list of webhook endpoints says of those that deliver here.
+
+    Source: Stripe's API reference, "The Webhook Endpoint object": `enabled_events` is ["*"] for all events but those
+    that must be chosen one by one, `api_version` null for the account's default, `status` enabled or disabled.
+    """
+    every = list(endpoints)
+    mode = "live" if livemode else "test"
+    ours = [one for one in every if _is_ours(one, subject.endpoint)]
+    if not ours:
+        wanted = shown(subject.endpoint) if subject.endpoint else f"a path {STRIPE_PATH}"
+        yield failed(
+            "stripe endpoints",
+            f"Stripe knows {count(len(every), 'endpoint')} in {mode} mode, and none has {wanted}",
+            f"Add the endpoint in the Stripe dashboard, in {mode} mode: https://your-host{STRIPE_PATH}",
+        )
+        return
+    for one in ours:
+        yield _endpoint_known(one, mode)
+    enabled = [one for one in ours if one["status"] == "enabled"]
+    if len({one["url"] for one in enabled}) < len(enabled):
+        yield warning(
+            "stripe endpoints",
+            f"{len(enabled)} enabled endpoints of {mode} mode deliver to the same address, each event once for each",
+            "Keep one of them, if they do not differ in their accounts (Connect).",
+        )
+    if len(enabled) > len(subject.settings.webhook_secrets):
+        yield failed(
+            "stripe endpoints",
+            f"{len(enabled)} enabled endpoints of {mode} mode deliver here, and STRIPE_WEBHOOK_SECRET holds "
+            f"{count(len(subject.settings.webhook_secrets), 'secret')}: the others' deliveries are refused",
+            "Each endpoint has a secret of its own: set them all, separated by commas.",
+        )
+
+
+def _is_ours(endpoint: dict[str, Any], url: str) -> bool:
+    theirs = str(endpoint["url"])
+    if url:
+        return theirs.rstrip("/").lower() == url.rstrip("/").lower()
+    return urlsplit(theirs).path.rstrip("/") == STRIPE_PATH
+
+
+def _endpoint_known(endpoint: dict[str, Any], mode: str) -> Finding:
+    check = f"endpoint {endpoint['id']}"
+    seen = f"{mode} mode, {shown(str(endpoint['url']))}"
+    if endpoint["status"] != "enabled":
+        return failed(
+            check,
+            f"{seen}: it is {endpoint['status']}, so nothing is delivered",
+            "Enable it in the Stripe dashboard, then fetch what is missing: kamiyo reconcile --since 7d",
+        )
+    if urlsplit(str(endpoint["url"])).scheme != "https":
+        return failed(check, f"{seen}: not HTTPS", "Change its address in the Stripe dashboard to https://…")
+    if str(endpoint["url"]).endswith("/"):
+        return failed(
+            check,
+            f"{seen}: the slash at the end is another path, which is answered with a redirect",
+            "Take the slash off in the Stripe dashboard: Stripe follows no redirects.",
+        )
+    wanted = endpoint["enabled_events"]
+    lacking = [] if "*" in wanted else [name for name in handlers.supported_types() if name not in wanted]
+    if lacking:
+        return failed(
+            check,
+            f"{seen}: it does not send {', '.join(lacking)}, which change something here",
+            "Add these types to the endpoint in the Stripe dashboard, or let it send all events.",
+        )
+    version = endpoint.get("api_version")
+    if version is None:
+        return warning(
+            check,
+            f"{seen}: its API version is the account's default, and changes with it",
+            "Make an endpoint with an API version of its own, and remove this one.",
+        )
+    if str(version)[:10] > NEWEST_API_VERSION:
+        return warning(
+            check,
+            f"{seen}: API version {version} is newer than those this Kamiyo was tried with ({NEWEST_API_VERSION})",
+            "Upgrade Kamiyo, or make an endpoint of an older API version.",
+        )
+    many = "all events" if "*" in wanted else count(len(wanted), "event type")
+    return passed(check, f"{seen}: enabled, sends {many}, API version {version}")
+
+
+async def _stripes_clock(settings: Settings) -> list[Finding]:
+    try:
+        async with httpx.AsyncClient(timeout=10) as client:
+            before = time.time()
+            answer = await client.head(settings.stripe_api_base)
+            said = parsedate_to_datetime(answer.headers["Date"])
+    except (httpx.HTTPError, httpx.InvalidURL, KeyError, ValueError):
+        return []
+    # An HTTP date has whole seconds.
+    ahead = said.replace(tzinfo=said.tzinfo or UTC).timestamp() + 0.5 - (before + time.time()) / 2
+    return [replace(clock("Stripe's", ahead, CLOCK_SECONDS + 1), check="stripe clock")]

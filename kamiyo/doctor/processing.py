@@ -1,0 +1,82 @@
+"""What the database knows of the work: workers, events, failures, the comparison with Stripe's list."""
+
+from kamiyo import inbox
+from kamiyo.database import Connection, load_queries
+from kamiyo.doctor.finding import Finding, failed, passed, warning
+from kamiyo.doctor.finding import count as counted
+from kamiyo.settings import Settings
+
+_SQL = load_queries("doctor.sql")
+
+
+async def workers(db: Connection) -> Finding:
+    count = int(await db.fetchval(_SQL["workers"]))
+    if not count:
+        return failed(
+            "workers",
+            "no worker is connected to the database",
+            "Start `kamiyo worker`, or a server with KAMIYO_WORKER=true.",
+        )
+    return passed("workers", f"{counted(count, 'process')} with a worker connected")
+
+
+async def processed(db: Connection, settings: Settings) -> Finding:
+    row = await inbox.queue(db)
+    count = int(await db.fetchval(_SQL["processed"]))
+    if row["oldest_due_seconds"] > 300:
+        return failed(
+            "events",
+            f"the oldest due event has waited for {row['oldest_due_seconds'] / 60:.0f} minutes",
+            "Start more workers, or look for a slow handler: docs/operations.md, “Events wait”.",
+        )
+    if not count:
+        return warning(
+            "events",
+            "none was processed yet",
+            "Send one: stripe trigger customer.created, or ./scripts/test_webhooks.sh",
+        )
+    return passed("events", f"{'1000 or more' if count == 1000 else count} are processed, {row['backlog']} are waiting")
+
+
+async def failures(db: Connection, settings: Settings) -> Finding:
+    row, dead = await inbox.health(db), (await inbox.queue(db))["dead"]
+    events, bad = row["events_last_24h"], row["failed_events_last_24h"]
+    causes = ", ".join(
+        f"{cause['error_type']} ({cause['fingerprint']}, {counted(cause['events'], 'event')})"
+        for cause in await db.fetch(_SQL["failures"])
+    )
+    seen = f"{bad} of the last day's {counted(events, 'event')} failed, {dead} dead in all"
+    seen += f"; causes: {causes}" if causes else ""
+    mend = "Mend the cause, then: kamiyo replay --status failed (see kamiyo events list --status failed)"
+    if bad > 0.2 * events:
+        return failed("failures", seen, mend)
+    if dead or bad > 0.1 * events:
+        return warning("failures", seen, mend)
+    return passed("failures", seen)
+
+
+async def compared(db: Connection, settings: Settings) -> Finding:
+    row = await db.fetchrow(_SQL["compared"])
+    check = "comparison"
+    if not settings.stripe_secret_key.get_secret_value() or not settings.reconcile:
+        why = "KAMIYO_RECONCILE is off" if settings.stripe_secret_key.get_secret_value() else "there is no key"
+        return warning(
+            check,
+            f"events are not compared with Stripe's own list: {why}",
+            "Set STRIPE_SECRET_KEY and KAMIYO_RECONCILE=true.",
+        )
+    ago: float | None = row["seconds_ago"] if row is not None else None
+    if ago is None or ago > 3600:
+        when = "never" if ago is None else f"{ago / 3600:.0f} hours ago"
+        return warning(
+            check,
+            f"the last comparison with Stripe's list of events: {when}",
+            "Let a worker run with STRIPE_SECRET_KEY, or run: kamiyo reconcile",
+        )
+    if row is not None and row["missed"]:
+        return warning(
+            check,
+            f"the last one found {counted(row['missed'], 'event')} that never came; they are in now",
+            "Look at the endpoint's failed deliveries in the Stripe dashboard.",
+        )
+    return passed(check, f"the last one, {ago / 60:.0f} minutes ago, found nothing missing")
