@@ -270,7 +270,7 @@ async def _unread(db: Connection) -> list[Incident]:
                 "Events wait to be read from Stripe",
                 f"{late['count']} thin events wait until what they are about was read; {late['event_id']} the longest, "
                 f"for {late['seconds'] / 60:.0f} minutes. {why} None fails meanwhile, and all go on by themselves.",
-                "/events?status=pending",
+                "/events?status=unread",
             )
         )
     refused = await db.fetchrow(_SQL["stripe_refuses"])

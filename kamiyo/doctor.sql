@@ -43,3 +43,9 @@ WHERE created_at > now() - interval '1 day' GROUP BY fingerprint, error_type ORD
 
 -- name: compared
 SELECT extract(epoch FROM now() - finished_at)::float8 AS seconds_ago, missed FROM webhook_reconciliation;
+
+-- name: asking
+-- What Stripe refuses the key for, if it did within the last hour, and for how long the circuit has been open.
+SELECT CASE WHEN refused_last_at > now() - interval '1 hour' THEN refused_what END AS refused_what,
+       extract(epoch FROM now() - opened_at)::float8 AS open_seconds
+FROM webhook_api_budget;

@@ -240,6 +240,15 @@ async def release(db: Connection, claim_number: int, event_ids: Sequence[str], *
     await db.execute(_SQL["release"], list(event_ids), claim_number, due_in)
 
 
+async def move(db: Connection, claim_number: int, owners: Mapping[str, tuple[str, int]]) -> None:
+    """Give claimed events back untried, into the lanes of the customers that they turned out to be of.
+
+    `owners`: for each event id, the customer and its lane.
+    """
+    columns = list(owners), [customer for customer, _ in owners.values()], [lane for _, lane in owners.values()]
+    await db.execute(_SQL["move"], claim_number, *columns)
+
+
 async def await_read(db: Connection, claim_number: int, event_ids: Sequence[str]) -> None:
     """Put claimed events aside, untried, until their objects were read from Stripe."""
     await db.execute(_SQL["await_read"], list(event_ids), claim_number)
@@ -409,7 +418,7 @@ async def statistics(db: Connection, days: int) -> list[asyncpg.Record]:
 
 
 async def queue(db: Connection) -> asyncpg.Record:
-    """One row: backlog, oldest_due_seconds, waiting_reads, circuit_open, dead, missed."""
+    """One row: backlog, oldest_due_seconds, waiting_reads, oldest_unread_seconds, circuit_open, dead, missed."""
     row = await db.fetchrow(_SQL["queue"])
     assert row is not None  # noqa: S101 - a SELECT without FROM has exactly one row
     return row

@@ -140,6 +140,14 @@ SET status = CASE WHEN attempts > (started_at IS NOT NULL)::int THEN 'failed' EL
     next_try_at = CASE WHEN $3 > 0 THEN now() + make_interval(secs => $3) ELSE next_try_at END
 WHERE event_id = ANY ($1::text[]) AND claim = $2 AND status = 'processing';
 
+-- name: move
+-- Gives claimed events back untried, to be run at once in the lane of the customer whose they turned out to be.
+UPDATE webhook_events AS e
+SET status = 'pending', claim = NULL, started_at = NULL, attempts = attempts - (started_at IS NOT NULL)::int,
+    customer = m.customer, lane = m.lane, read_due_at = NULL, read_try_at = NULL, next_try_at = now()
+FROM unnest($2::text[], $3::text[], $4::integer[]) AS m (event_id, customer, lane)
+WHERE e.event_id = m.event_id AND e.claim = $1 AND e.status = 'processing';
+
 -- name: await_read
 -- Puts claimed events aside until their object was read. Stripe's second of the event must be over before it is asked;
 -- where its clock is far from ours, ours counts. Should nobody ever read it, a worker looks at it again in an hour.
@@ -327,15 +335,15 @@ SELECT event_type, received, processed, failed, received - processed - failed AS
 FROM webhook_counts_since(now() - make_interval(days => $1)) ORDER BY received DESC, event_type;
 
 -- name: queue
--- How the queue stands: events waiting or in work, seconds since the oldest was due (to be run, or to be read from
--- Stripe), events that are dead; how asking Stripe goes.
+-- How the queue stands: events waiting or in work, seconds since the oldest was due; events that wait to be read from
+-- Stripe, seconds since the oldest of those was due, and how asking goes; events that are dead.
 SELECT (SELECT coalesce(sum(received - processed - failed), 0) FROM webhook_counts_since('-infinity'))::bigint AS backlog,
-       coalesce(greatest(extract(epoch FROM now() - least(
-           (SELECT min(next_try_at) FROM webhook_events WHERE next_try_at IS NOT NULL),
-           (SELECT min(read_due_at) FROM webhook_events WHERE read_due_at IS NOT NULL))), 0), 0)::float8
-           AS oldest_due_seconds,
+       coalesce(greatest((SELECT extract(epoch FROM now() - min(next_try_at)) FROM webhook_events
+                          WHERE next_try_at IS NOT NULL), 0), 0)::float8 AS oldest_due_seconds,
        (SELECT count(*) FROM (SELECT FROM webhook_events WHERE read_due_at IS NOT NULL LIMIT 100000) AS waiting)::bigint
            AS waiting_reads,
+       coalesce(greatest((SELECT extract(epoch FROM now() - min(read_due_at)) FROM webhook_events
+                          WHERE read_due_at IS NOT NULL), 0), 0)::float8 AS oldest_unread_seconds,
        coalesce((SELECT (opened_at IS NOT NULL)::int FROM webhook_api_budget), 0) AS circuit_open,
        (SELECT count(*) FROM (SELECT FROM webhook_events WHERE failed_at IS NOT NULL AND next_try_at IS NULL
                               LIMIT 100000) AS dead)::bigint AS dead,

@@ -1,8 +1,9 @@
 """The reader: what events only name, and what no event tells, is read from Stripe's API here.
 
 One turn looks for what is due, asks Stripe for each object once however many events wait for it, keeps what it said,
-and gives the events to the workers. Stripe is asked outside any transaction and with no row or lane held. Whoever dies
-meanwhile leaves nothing behind but a wait: what was taken is due again after a while, and reading twice does no harm.
+and gives the events to the workers. Stripe is asked outside any transaction, with no connection, row or lane held. A
+process that dies meanwhile leaves nothing behind but a short wait: it says every few seconds what it is reading, and
+what nobody says that of is taken by the next. Reading twice does no harm.
 
 While Stripe is away the events wait, and none fails. Nor does one when Stripe refuses the key: a person is told, and
 mends that. What Stripe does not have (404) is told to the events as just that. An event whose object Stripe will never
@@ -13,13 +14,14 @@ import asyncio
 import contextlib
 import random
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import asyncpg
 
 from kamiyo import handlers, projections, reads
-from kamiyo.database import Connection, Pool, load_queries
+from kamiyo.database import Pool, load_queries
 from kamiyo.errors import PayloadError
 from kamiyo.event import Event, decode, lane_of, snapshot_type
 from kamiyo.handlers import Registry
@@ -29,14 +31,17 @@ from kamiyo.telemetry import happened
 
 _SQL = load_queries("reader.sql")
 
-#: Objects that one process reads at the same time.
+#: Objects that one process reads at the same time. One that Stripe is slow with keeps one of these places.
 TOGETHER = 8
 
-# As long as one reader may take for what it took up; then another does.
-_LEASE_SECONDS = 90.0
+# What a reader took is its own for so long, and is said again to be so while it is at it.
+_LEASE_SECONDS = 15.0
+_RENEW_EVERY_SECONDS = 5.0
 _PATIENCE_SECONDS = 30.0
-# After Stripe refused the key. A new key comes with a restart, and what it may read with none.
-_REFUSED_SECONDS = 60.0
+# After Stripe refused the key, for all objects that it would be refused for as well: the one that was asked for tells
+# when that is over, the others wait longer the longer they have waited. A new key comes with a restart, what it may
+# read comes with none.
+_REFUSED_SECONDS, _REFUSED_MOST_SECONDS = 60.0, 600.0
 # After Stripe did not give an object: later the longer it has waited already, so that one that Stripe fails on is not
 # in the way of the others.
 _AWAY_SECONDS, _AWAY_MOST_SECONDS = 5.0, 60.0
@@ -48,6 +53,10 @@ _UNDECIDED_EVERY_SECONDS = 15.0
 _UNDECIDED_AT_ONCE = 20
 # A lane in a slow handler's hands is tried again this often, and this long.
 _LANE_EVERY_SECONDS, _LANE_SECONDS = 0.2, 60.0
+
+
+# Under which the reads of an object are kept: id, account, livemode.
+_Key: TypeAlias = tuple[str, str, bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +89,9 @@ class Reader:
         self._rng = rng or random.Random()  # noqa: S311 - for jitter
         self._wake = asyncio.Event()
         self._waits = False
+        self._hands: set[asyncio.Task[None]] = set()
+        # The events of which each object that is being read was taken for.
+        self._taken: dict[_Key, list[str]] = {}
 
     def wake(self) -> None:
         """Something is to be read: look when it is due."""
@@ -87,23 +99,59 @@ class Reader:
 
     async def run(self) -> None:
         """Read until cancelled, through whatever Stripe and the database do."""
-        undecided_at = 0.0
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._keep_settling())
+            tasks.create_task(self._keep_hold())
+            while True:
+                self._wake.clear()
+                wait = _LOOK_EVERY_SECONDS
+                with self._unharmed():
+                    _, rows = await self._take(TOGETHER - len(self._hands))
+                    for row in rows:
+                        hand = tasks.create_task(self._lend_a_hand(row))
+                        self._hands.add(hand)
+                        hand.add_done_callback(self._put_down)
+                    if len(self._hands) < TOGETHER:
+                        wait = await self._next_in()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(wait * self._rng.uniform(0.9, 1.1)):
+                        await self._wake.wait()
+
+    @contextlib.contextmanager
+    def _unharmed(self) -> Iterator[None]:
+        # An error that nobody thought of must not end the worker that this is part of. What was taken is due again.
+        try:
+            yield
+        except Exception as error:
+            happened("reader_failed", error=type(error).__name__)
+
+    async def _lend_a_hand(self, row: asyncpg.Record) -> None:
+        with self._unharmed():
+            await self._serve(row)
+
+    def _put_down(self, hand: asyncio.Task[None]) -> None:
+        self._hands.discard(hand)
+        self._wake.set()
+
+    async def _keep_settling(self) -> None:
+        # Apart from the rest: it may wait for a lane that a slow handler holds.
         while True:
-            self._wake.clear()
-            wait = _LOOK_EVERY_SECONDS
-            try:
-                if await self.run_once():
-                    continue
-                if time.monotonic() >= undecided_at:
-                    undecided_at = time.monotonic() + _UNDECIDED_EVERY_SECONDS
-                    await self.settle_undecided(every=_UNDECIDED_EVERY_SECONDS)
-                wait = await self._next_in()
-            except Exception as error:
-                # One that nobody thought of must not end the worker that this is part of. What was taken is due again.
-                happened("reader_failed", error=type(error).__name__)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait * self._rng.uniform(0.9, 1.1)):
-                    await self._wake.wait()
+            with self._unharmed():
+                await self.settle_undecided(every=_UNDECIDED_EVERY_SECONDS)
+            await asyncio.sleep(_UNDECIDED_EVERY_SECONDS * self._rng.uniform(1.0, 1.2))
+
+    async def _keep_hold(self) -> None:
+        while True:
+            await asyncio.sleep(_RENEW_EVERY_SECONDS)
+            with self._unharmed():
+                await self.renew()
+
+    async def renew(self) -> None:
+        """Say again of everything that is being read that it is."""
+        mine = [event_id for event_ids in self._taken.values() for event_id in event_ids]
+        if mine:
+            async with self._pool.acquire(timeout=10) as db:
+                await db.execute(_SQL["renew"], mine, _LEASE_SECONDS)
 
     async def _next_in(self) -> float:
         pause = await self._api.pause()
@@ -112,31 +160,37 @@ class Reader:
         return min(max(due_in, pause, 0.05), _LOOK_EVERY_SECONDS) if due_in is not None else _LOOK_EVERY_SECONDS
 
     async def run_once(self) -> int:
-        """Read what is due, TOGETHER objects at most; return for how much there was something to do.
+        """Read what is due, TOGETHER objects at most; return how many, and how many events needed no read any more.
 
-        0 while the circuit is open.
+        While the circuit is open nothing is read.
         """
-        if await self._api.pause() > 0:
-            return 0
-        async with self._pool.acquire(timeout=10) as db:
-            told, taken = await self._take(db)
-        for error in await asyncio.gather(*map(self._serve, taken), return_exceptions=True):
+        told, rows = await self._take(TOGETHER)
+        for error in await asyncio.gather(*map(self._serve, rows), return_exceptions=True):
             if isinstance(error, BaseException):
                 raise error
-        return told + len(taken)
+        return told + len(rows)
 
-    async def _take(self, db: Connection) -> tuple[int, list[asyncpg.Record]]:
-        async with db.transaction():
+    async def _take(self, most: int) -> tuple[int, list[asyncpg.Record]]:
+        """Give back what needs no read any more, and take up to `most` objects to read; how many, and which."""
+        if await self._api.pause() > 0:
+            most = 0
+        async with self._pool.acquire(timeout=10) as db, db.transaction():
             if not await db.fetchval(_SQL["alone"]):
                 return 0, []
-            handled = [f"v1.{snapshot_type(name)}" for name in self._registry.types()]
-            told = await db.fetch(_SQL["told"], handled)
-            taken = await db.fetch(_SQL["take"], TOGETHER, _LEASE_SECONDS, self._api.livemode, list(THIN_ENDS))
-            return len(told), taken
+            told = await db.fetch(_SQL["told"], [f"v1.{snapshot_type(name)}" for name in self._registry.types()])
+            mode = self._api.livemode
+            rows = await db.fetch(_SQL["take"], most, _LEASE_SECONDS, mode, list(THIN_ENDS)) if most else []
+        self._taken |= {_key(row): row["taken"] for row in rows}
+        return len(told), rows
 
     async def _serve(self, row: asyncpg.Record) -> None:
         """Read one object for all events that wait for it."""
-        event, key = _event(row), (row["object_id"], row["account"], row["livemode"])
+        try:
+            await self._read(_event(row), _key(row), row["ended"])
+        finally:
+            self._taken.pop(_key(row), None)
+
+    async def _read(self, event: Event, key: _Key, ended: int | None) -> None:
         try:
             path = reads.path_of(event)
         except PayloadError:
@@ -145,8 +199,7 @@ class Reader:
             # Retention took the body that says where it is, or it never was what it seemed.
             await self._refuse(key, "PayloadGone", "what it is about cannot be told from its body any more")
             return
-        kind = event.object_type or "v2.core.event"
-        wanted = _Object(kind, *key, path, event.id, row["ended"])
+        wanted = _Object(event.object_type or "v2.core.event", *key, path, event.id, ended)
         try:
             read = await self._ask(wanted)
             if event.type == reads.GENERATION_FAILED:
@@ -156,6 +209,7 @@ class Reader:
             await self._not_yet(key, _AWAY_SECONDS, most=_AWAY_MOST_SECONDS)
         except StripeKeyRefused as error:
             happened("read_refused", reason=error.what)
+            await self._not_yet_alike(event.account, None if error.every else event.object_type)
             await self._not_yet(key, _REFUSED_SECONDS)
         except StripeRefused as error:
             happened("read_refused", reason="the request", object_id=wanted.object_id)
@@ -179,7 +233,7 @@ class Reader:
         self._waits = False
         return read
 
-    async def _deliver(self, key: tuple[str, str, bool], read: Read) -> None:
+    async def _deliver(self, key: _Key, read: Read) -> None:
         async with self._pool.acquire(timeout=10) as db, db.transaction():
             customer = await reads.whose(db, read)
             lane = lane_of(read.account, customer) if customer else None
@@ -189,11 +243,17 @@ class Reader:
         if ready:
             happened("objects_read", count=1, events=len(ready))
 
-    async def _not_yet(self, key: tuple[str, str, bool], seconds: float, *, most: float = 0.0) -> None:
+    async def _not_yet(self, key: _Key, seconds: float, *, most: float = 0.0) -> None:
         async with self._pool.acquire(timeout=10) as db:
             await db.execute(_SQL["not_yet"], *key, seconds * self._rng.uniform(0.8, 1.2), most)
 
-    async def _refuse(self, key: tuple[str, str, bool], error_type: str, reason: str) -> None:
+    async def _not_yet_alike(self, account: str, object_type: str | None) -> None:
+        """Put off all that is due of this account, and of this type of object unless it is None."""
+        seconds = _REFUSED_SECONDS * self._rng.uniform(0.8, 1.2), _REFUSED_MOST_SECONDS
+        async with self._pool.acquire(timeout=10) as db:
+            await db.execute(_SQL["not_yet_alike"], account, self._api.livemode, object_type, *seconds)
+
+    async def _refuse(self, key: _Key, error_type: str, reason: str) -> None:
         fingerprint = handlers.failure_of(StripeRefused(reason)).fingerprint
         async with self._pool.acquire(timeout=10) as db:
             for (event_id,) in await db.fetch(_SQL["refuse"], *key, error_type, reason, fingerprint):
@@ -257,6 +317,10 @@ def _named(told: Read) -> _Object | None:
     if not isinstance(object_id, str) or not isinstance(kind, str) or kind not in PATHS:
         return None
     return _Object(kind, object_id, told.account, told.livemode, f"{PATHS[kind]}/{object_id}", told.source, None)
+
+
+def _key(row: asyncpg.Record) -> _Key:
+    return row["object_id"], row["account"], row["livemode"]
 
 
 def _event(row: asyncpg.Record) -> Event:

@@ -30,9 +30,12 @@ WITH due AS MATERIALIZED (
     UPDATE webhook_events AS e SET read_try_at = now() + make_interval(secs => $2)
     FROM due JOIN objects USING (object_id, account, livemode)
     WHERE e.event_id = due.event_id AND e.status = 'pending'
+    RETURNING e.event_id, due.object_id, due.account, due.livemode
 )
 SELECT o.object_id, o.account, o.livemode, e.event_id, e.event_type, e.thin, e.context, e.api_version, e.object_type,
        e.object_id AS names, e.customer, e.snapshot_event, extract(epoch FROM e.stripe_created)::bigint AS stripe_created,
+       ARRAY(SELECT t.event_id FROM taken AS t
+             WHERE t.object_id = o.object_id AND t.account = o.account AND t.livemode = o.livemode) AS taken,
        (SELECT p.body FROM webhook_payloads AS p WHERE p.seq = e.seq AND p.created_at = e.created_at) AS body,
        -- When an event that waits says that the object's life has ended.
        (SELECT extract(epoch FROM min(w.stripe_created))::bigint FROM webhook_events AS w
@@ -40,14 +43,21 @@ SELECT o.object_id, o.account, o.livemode, e.event_id, e.event_type, e.thin, e.c
           AND w.read_due_at IS NOT NULL AND w.event_type = ANY ($4::text[])) AS ended
 FROM objects AS o JOIN webhook_events AS e ON e.event_id = o.example;
 
+-- name: renew
+-- These are still being read: nobody else takes them for $2 seconds more.
+UPDATE webhook_events SET read_try_at = greatest(read_try_at, clock_timestamp() + make_interval(secs => $2))
+WHERE event_id = ANY ($1::text[]) AND read_try_at IS NOT NULL AND status = 'pending';
+
 -- name: ready
 -- What was read is there: events that it shows, because their second was over when it was asked, go to the workers, in
--- the lane of the customer that it names.
+-- the lane of the customer that it names. Not those that a worker is just about to look at by itself: it finds what was
+-- read, and may have locked the lane that they are in.
 UPDATE webhook_events AS e
 SET read_due_at = NULL, read_try_at = NULL, next_try_at = now(), customer = coalesce(e.customer, $5),
     lane = CASE WHEN e.customer IS NULL AND $5::text IS NOT NULL THEN $6 ELSE e.lane END
 WHERE (e.object_id = $1 OR e.event_id = $1) AND e.account = $2 AND e.livemode = $3 AND e.read_due_at IS NOT NULL
-  AND e.status = 'pending' AND webhook_second_over(e.stripe_created, e.created_at) <= to_timestamp($4) + interval '1 second'
+  AND e.status = 'pending' AND e.next_try_at > clock_timestamp() + interval '5 seconds'
+  AND webhook_second_over(e.stripe_created, e.created_at) <= to_timestamp($4) + interval '1 second'
 RETURNING e.event_id, pg_notify('webhook_events', '');
 
 -- name: not_yet
@@ -57,6 +67,16 @@ SET read_try_at = clock_timestamp()
                   + make_interval(secs => greatest($4, least(extract(epoch FROM now() - read_due_at)::float8 / 4, $5)))
 WHERE (object_id = $1 OR event_id = $1) AND account = $2 AND livemode = $3 AND read_due_at IS NOT NULL
   AND status = 'pending';
+
+-- name: not_yet_alike
+-- The key is refused for others like it as well: all that is due of this account ($1) and mode, and of this type of object
+-- unless $3 is null, is put off for $4 seconds, or longer the longer it waits, up to $5; a bounded number at a time.
+UPDATE webhook_events
+SET read_try_at = now() + make_interval(secs => greatest($4, least(extract(epoch FROM now() - read_due_at)::float8 / 4, $5)))
+WHERE event_id IN (SELECT event_id FROM webhook_events
+                   WHERE read_try_at <= now() AND account = $1 AND livemode = $2 AND ($3::text IS NULL OR object_type = $3)
+                   ORDER BY read_try_at LIMIT 10000)
+  AND read_try_at IS NOT NULL AND status = 'pending';
 
 -- name: refuse
 -- Stripe will never give what these events are about: they are dead, each with the reason.

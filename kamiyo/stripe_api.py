@@ -49,6 +49,11 @@ class StripeKeyRefused(StripeRefused):
         super().__init__(f"Stripe refuses STRIPE_SECRET_KEY for {what}")
         self.what = what
 
+    @property
+    def every(self) -> bool:
+        """Whether the key itself is refused (401), for whatever is asked with it."""
+        return self.what.endswith("(401)")
+
 
 class StripeGone(StripeError):
     """Stripe has no such object, as of `second`: see `Reply`."""
@@ -81,7 +86,8 @@ class Reply:
 class StripeApi:
     """Reads from Stripe with the key of the settings. Raises StripeKeyMissing when there is none."""
 
-    def __init__(self, pool: Pool, settings: Settings) -> None:
+    def __init__(self, pool: Pool, settings: Settings, *, keeps_refusals: bool = True) -> None:
+        """`keeps_refusals`: that Stripe refuses the key is kept for the alerts; not where somebody only tries."""
         key = settings.stripe_secret_key.get_secret_value()
         if not key:
             raise StripeKeyMissing
@@ -96,6 +102,7 @@ class StripeApi:
             http_client=self._http,
         )
         self._pool = pool
+        self._keeps_refusals = keeps_refusals
         self._rate = settings.stripe_api_rate
         self._patience = settings.stripe_api_timeout
         self.livemode = "_live_" in key
@@ -135,13 +142,14 @@ class StripeApi:
                         if once:
                             raise
                     except StripeKeyRefused as refused:
-                        await self._note("key_refused", refused.what)
+                        if self._keeps_refusals:
+                            await self._note("key_refused", refused.what)
                         raise
                     except StripeError:
-                        await self._note("answered", _kind(path, 403))
+                        await self._note("answered", _kind(path, account, 403))
                         raise
                     else:
-                        await self._note("answered", _kind(path, 403))
+                        await self._note("answered", _kind(path, account, 403))
                         return reply
         except TimeoutError as error:
             raise StripeUnavailable(f"Stripe did not answer {path} within {patience:g} s") from error
@@ -192,7 +200,7 @@ class StripeApi:
             raise StripeUnavailable("Stripe: too many requests", _retry_after(error)) from error
         except (stripe.AuthenticationError, stripe.PermissionError) as error:
             # The library's message can quote the key.
-            raise StripeKeyRefused(_kind(path, error.http_status)) from None
+            raise StripeKeyRefused(_kind(path, account, error.http_status)) from None
         except stripe.InvalidRequestError as error:
             if error.http_status == 404:
                 second = _began(error.headers or {}, time.monotonic() - began)
@@ -223,9 +231,10 @@ class StripeApi:
             await db.execute(_SQL[query], parameter)
 
 
-def _kind(path: str, status: int | None) -> str:
+def _kind(path: str, account: str, status: int | None) -> str:
     """What was asked for, without saying for which object: `GET /v1/customers (403)`."""
-    return f"GET {'/'.join(path.split('/')[:3])} ({status})"
+    kind = "/".join(path.split("/")[: 4 if path.startswith("/v2/") else 3])
+    return f"GET {kind}{f' of {account}' if account else ''} ({status})"
 
 
 def _began(headers: Mapping[str, str], took: float) -> int:

@@ -36,15 +36,18 @@ SET refusals = refusals + 1, probing = false, opened_at = coalesce(opened_at, cl
 WHERE probing OR refusals = 0;
 
 -- name: answered
--- Stripe answers: the circuit is closed. What it refused the key for is over once it answers for the same.
+-- Stripe answers: the circuit is closed. But not by what was on its way when it opened: that says nothing of now. What Stripe
+-- refused the key for is over once it answers for the same.
 UPDATE webhook_api_budget
-SET refusals = 0, open_until = NULL, opened_at = NULL, probing = false,
+SET refusals = CASE WHEN probing THEN 0 ELSE refusals END, open_until = CASE WHEN NOT probing THEN open_until END,
+    opened_at = CASE WHEN NOT probing THEN opened_at END, probing = false,
     refused_at = CASE WHEN $1 = refused_what OR refused_what LIKE '% (401)' THEN NULL ELSE refused_at END,
     refused_what = CASE WHEN $1 = refused_what OR refused_what LIKE '% (401)' THEN NULL ELSE refused_what END
-WHERE refusals > 0 OR $1 = refused_what OR refused_what LIKE '% (401)';
+WHERE probing OR $1 = refused_what OR refused_what LIKE '% (401)';
 
 -- name: key_refused
 -- Stripe answers, but not to this key.
 UPDATE webhook_api_budget
-SET refusals = 0, open_until = NULL, opened_at = NULL, probing = false,
-    refused_at = coalesce(refused_at, clock_timestamp()), refused_what = $1;
+SET refusals = CASE WHEN probing THEN 0 ELSE refusals END, open_until = CASE WHEN NOT probing THEN open_until END,
+    opened_at = CASE WHEN NOT probing THEN opened_at END, probing = false,
+    refused_at = coalesce(refused_at, clock_timestamp()), refused_last_at = clock_timestamp(), refused_what = $1;

@@ -245,6 +245,7 @@ _GAUGES = {
     "webhook_oldest_due_seconds": ("oldest_due_seconds", "How long the oldest due event has waited."),
     "webhook_dead_events": ("dead", "Events that are dead: each needs a person."),
     "webhook_waiting_reads": ("waiting_reads", "Events that wait until their object is read from Stripe."),
+    "webhook_oldest_unread_seconds": ("oldest_unread_seconds", "How long the oldest of them has waited for that."),
     "webhook_stripe_circuit_open": ("circuit_open", "1 while Stripe does not answer, and everybody who asks it waits."),
     "webhook_missed_events": ("missed", "Events Stripe had and we did not, in the last comparison with its list."),
     "webhook_database_up": ("database_up", "1 while the database answers."),

@@ -25,7 +25,7 @@ import asyncpg
 from kamiyo import handlers, inbox, projections, reads, retry, shadow, telemetry, ties, tracing
 from kamiyo.database import DATABASE_ERRORS, Connection, Pool, listening
 from kamiyo.errors import DatabaseUnavailable, KamiyoError
-from kamiyo.event import Event
+from kamiyo.event import Event, lane_of
 from kamiyo.handlers import Bury, PayloadGone, Registry, Retry, WorkerDied
 from kamiyo.inbox import Claimed, ClaimLost, Outcome, Settled, Status, Twin
 from kamiyo.projections import ProjectionError, Row
@@ -258,8 +258,25 @@ class Worker:
             await inbox.await_read(db, number, waiting)
             if self.reader is not None:
                 self.reader.wake()
+        moved = await self._move(db, number, [(c, found) for c in to_read if (found := known[c.event.id])])
+        done |= moved.keys()
         left = [c for c in batch if c.event.id not in done and known.get(c.event.id, c) is not None]
         return [_with_read(c, known.get(c.event.id)) for c in left]
+
+    async def _move(
+        self, db: Connection, number: int, batch: Sequence[tuple[Claimed, reads.Found]]
+    ) -> dict[str, tuple[str, int]]:
+        """Give back, into their customer's lane, those that turned out to be of a customer whose lane is another."""
+        moved = {}
+        for claimed, found in batch:
+            event = claimed.event
+            customer = None if event.customer else reads.customer_of(found.read)
+            if customer is not None and lane_of(event.account, customer) != claimed.lane:
+                moved[event.id] = customer, lane_of(event.account, customer)
+        if moved:
+            await inbox.move(db, number, moved)
+            self._wake.set()
+        return moved
 
     async def _settle_paired(self, db: Connection, number: int, batch: Sequence[Claimed]) -> None:
         trials = [_Trial(c, min(c.attempts + 1, retry.MAX_ATTEMPTS), outcome=Outcome.paired) for c in batch]

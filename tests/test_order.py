@@ -231,7 +231,7 @@ class Api:
         return last.type not in ("customer.deleted", "invoice.deleted")
 
 
-@settings(max_examples=6)
+@examples(6)
 @given(lives=lives(flips=True))
 async def test_thin_events_and_snapshots_in_any_mixture_and_order_end_in_the_truth_and_so_does_a_rebuild(
     lives: Lives, db: Connection

@@ -55,6 +55,7 @@ def concerns(
     found = [
         *_shut_door(secret_set),
         *_stuck(standing),
+        *_unread(standing, incidents),
         *_dead(dead, groups),
         *_failing(day, dead),
         *_incidents(incidents),
@@ -107,6 +108,22 @@ def _stuck(standing: Fields) -> list[Concern]:
     )
     tone = "bad" if late > _DEGRADED_SECONDS else "warn"
     return [Concern(tone, "Processing is behind", text, "The oldest one", page)]
+
+
+def _unread(standing: Fields, incidents: Sequence[Incident]) -> list[Concern]:
+    opened: datetime | None = standing["circuit_opened_at"]
+    late = standing["oldest_unread_seconds"] >= _OVERDUE_SECONDS
+    if any(one.key == "reads_overdue" for one in incidents) or not (late or opened):
+        return []
+    many = wording.count(standing["unread"], MOST_COUNTED)
+    waiting = f"{many} {'event waits' if standing['unread'] == 1 else 'events wait'} to be read from it"
+    if opened:
+        text = f"{waiting}; none fails. It is asked again now and then, and all go on by themselves."
+        title = f"Stripe's API has not answered since {wording.relative(opened, standing['now'])}"
+    else:
+        title = "Reading from Stripe is behind"
+        text = f"{waiting}, {wording.span(standing['oldest_unread_seconds'])} late."
+    return [Concern("calm", title, text, "Which", "/events?status=unread")]
 
 
 def _dead(dead: int, groups: Sequence[Group]) -> list[Concern]:
