@@ -50,26 +50,6 @@ ALTER TABLE webhook_api_budget
     -- When undecided rows are looked for next; moved on by the process that does it.
     ADD COLUMN IF NOT EXISTS undecided_try_at timestamptz NOT NULL DEFAULT now();
 
--- An event that waits for Stripe is late as well, but more workers would not help it: so it has a column of its own.
-CREATE OR REPLACE VIEW webhook_health_check AS
-    WITH day AS (
-        SELECT coalesce(sum(received), 0)::bigint AS events, coalesce(sum(failed), 0)::bigint AS failed
-        FROM webhook_counts_since(now() - interval '24 hours')
-    ), late AS MATERIALIZED (
-        SELECT greatest(coalesce(extract(epoch FROM now() - (SELECT min(next_try_at) FROM webhook_events
-                                                            WHERE next_try_at IS NOT NULL)), 0), 0)::float8 AS due,
-               greatest(coalesce(extract(epoch FROM now() - (SELECT min(read_due_at) FROM webhook_events
-                                                            WHERE read_due_at IS NOT NULL)), 0), 0)::float8 AS unread
-    )
-    SELECT CASE WHEN day.failed > 0.20 * day.events THEN 'unhealthy'
-                WHEN day.failed > 0.10 * day.events OR greatest(late.due, late.unread) > 300 THEN 'degraded'
-                ELSE 'healthy' END AS status,
-           day.events AS events_last_24h,
-           day.failed AS failed_events_last_24h,
-           late.due AS oldest_due_seconds,
-           late.unread AS oldest_unread_seconds
-    FROM day, late;
-
 -- As in 006_project_on_arrival.sql, but for the last lines of two tables: an invoice and a payment method can be known only to
 -- be gone as well, since a thin event can say so and Stripe then has no more to tell. An event from before, which comes
 -- late, has what was last known of them: the workers fill that in.

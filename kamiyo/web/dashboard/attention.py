@@ -119,7 +119,7 @@ def _unread(standing: Fields, incidents: Sequence[Incident]) -> list[Concern]:
     waiting = f"{many} {'event waits' if standing['unread'] == 1 else 'events wait'} to be read from it"
     if opened:
         text = f"{waiting}; none fails. It is asked again now and then, and all go on by themselves."
-        title = f"Stripe's API has not answered since {wording.relative(opened, standing['now'])}"
+        title = f"Stripe's API has not answered for {wording.span((standing['now'] - opened).total_seconds())}"
     else:
         title = "Reading from Stripe is behind"
         text = f"{waiting}, {wording.span(standing['oldest_unread_seconds'])} late."
