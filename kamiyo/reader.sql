@@ -45,8 +45,11 @@ FROM objects AS o JOIN webhook_events AS e ON e.event_id = o.example;
 
 -- name: renew
 -- These are still being read: nobody else takes them for $2 seconds more.
-UPDATE webhook_events SET read_try_at = greatest(read_try_at, clock_timestamp() + make_interval(secs => $2))
-WHERE event_id = ANY ($1::text[]) AND read_try_at IS NOT NULL AND status = 'pending';
+-- By id alone: named as a condition, read_try_at would tempt the planner to go through all that waits.
+UPDATE webhook_events
+SET read_try_at = CASE WHEN read_try_at IS NOT NULL
+                       THEN greatest(read_try_at, clock_timestamp() + make_interval(secs => $2)) END
+WHERE event_id = ANY ($1::text[]) AND status = 'pending';
 
 -- name: ready
 -- What was read is there: events that it shows, because their second was over when it was asked, go to the workers, in
@@ -72,11 +75,14 @@ WHERE (object_id = $1 OR event_id = $1) AND account = $2 AND livemode = $3 AND r
 -- The key is refused for others like it as well: all that is due of this account ($1) and mode, and of this type of object
 -- unless $3 is null, is put off for $4 seconds, or longer the longer it waits, up to $5; a bounded number at a time.
 UPDATE webhook_events
-SET read_try_at = now() + make_interval(secs => greatest($4, least(extract(epoch FROM now() - read_due_at)::float8 / 4, $5)))
-WHERE event_id IN (SELECT event_id FROM webhook_events
-                   WHERE read_try_at <= now() AND account = $1 AND livemode = $2 AND ($3::text IS NULL OR object_type = $3)
-                   ORDER BY read_try_at LIMIT 10000)
-  AND read_try_at IS NOT NULL AND status = 'pending';
+SET read_try_at = now() + make_interval(
+        secs => CASE WHEN read_due_at IS NOT NULL
+                     THEN greatest($4, least(extract(epoch FROM now() - read_due_at)::float8 / 4, $5)) END)
+WHERE event_id = ANY (ARRAY(SELECT event_id FROM webhook_events
+                            WHERE read_try_at <= now() AND account = $1 AND livemode = $2
+                              AND ($3::text IS NULL OR object_type = $3)
+                            ORDER BY read_try_at LIMIT 10000))
+  AND status = 'pending';
 
 -- name: refuse
 -- Stripe will never give what these events are about: they are dead, each with the reason.

@@ -162,6 +162,14 @@ async def test_events_that_wait_to_be_read_are_in_nobodys_way_and_found_at_once(
     second = int(time.time()) + 100
     nodes = await plan(ledger, reader["ready"], "in_3", "", False, second, "cus_1", 7, mode="force_custom_plan")
     assert scanned(nodes) == set()
+    nodes = await plan(ledger, reader["renew"], ["evt_3", "evt_7"], 15, mode="force_custom_plan")
+    assert scanned(nodes) == set()
+    nodes = await plan(ledger, reader["not_yet_alike"], "", False, "invoice", 60, 600, mode="force_custom_plan")
+    assert "webhook_events_read_try" in indexes(nodes)
+    # All 5,000 of them, and none twice.
+    assert sum(rows_read(nodes, index) for index in indexes(nodes)) <= 2 * 5000
+    nodes = await plan(ledger, reader["told"], [], mode="force_custom_plan")
+    assert scanned(nodes) == set()
     for query in ("health", "queue"):
         nodes = await plan(ledger, _SQL[query], mode="force_custom_plan")
         assert scanned(nodes) == set()

@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import json
+import os
+import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from kamiyo import alerts, database, handlers, inbox
+from kamiyo import alerts, database, handlers, inbox, rebuild
 from kamiyo.database import Connection
 from kamiyo.event import Event
 from kamiyo.handlers import Registry
@@ -19,8 +21,20 @@ from kamiyo.reader import Reader
 from kamiyo.stripe_api import StripeApi
 from kamiyo.web import create_app
 from kamiyo.worker import Worker
-from tests.conftest import Log, MakeSettings, deliver, event_json, fresh_id, noop, running_client, settled
-from tests.stripe_server import KEY, StripeServer, stripe_server
+from tests.conftest import (
+    ROOT,
+    SECRET,
+    Log,
+    MakeSettings,
+    deliver,
+    event_json,
+    fresh_id,
+    noop,
+    running_client,
+    settled,
+    until,
+)
+from tests.stripe_server import HANGS, KEY, StripeServer, stripe_server
 from tests.turns import billing, due_now, example, put, row_of, statuses
 
 #: Some second at Stripe that is over.
@@ -155,12 +169,14 @@ async def test_many_thin_events_of_one_object_make_one_read_and_go_through_its_c
     assert tables["invoices", "in_1"]["last_webhook_event_id"] in {f"evt_65{kind}" for kind in kinds}
     assert tables["customers", "cus_1"]["name"] == "Ada"
 
-    # One that comes late tells of nothing that was not read already.
-    await put(db, thin_json("v1.invoice.sent", invoice, created=NOW - 5))
+    # One that comes late tells of nothing that was not read already; it goes through the customer's lane all the same.
+    await put(db, thin_json("v1.invoice.sent", invoice, "evt_65sent", created=NOW - 5))
     async with house(database_url, settings, stripe, own) as here:
         await here.work(db)
     assert len(stripe.paths) == 2
     assert set((await statuses(db)).values()) == {"processed"}
+    late = await row_of(db, "evt_65sent")
+    assert (late["customer"], late["lane"], late["attempts"]) == ("cus_1", rows[0]["lane"], 1)
 
 
 async def test_a_second_must_be_over_at_stripe_before_it_is_asked_about(
@@ -221,6 +237,30 @@ async def test_a_thin_deletion_and_a_thin_detachment_end_what_was_known(
         None,
     )
     assert set((await statuses(db)).values()) == {"processed"}
+
+
+async def test_of_what_is_known_only_to_be_gone_a_late_event_still_tells_what_it_was(
+    db: Connection, database_url: str, settings: MakeSettings, stripe: StripeServer
+) -> None:
+    draft, card = example("invoice", id="in_1", status="draft"), example("payment_method", id="pm_1")
+    async with house(database_url, settings, stripe) as here:
+        ends = (("invoice.deleted", draft), ("payment_method.detached", card))
+        await put(db, *(thin_json(f"v1.{kind}", one) for kind, one in ends))
+        await here.work(db)
+        key = {"STRIPE_SECRET_KEY": KEY, "STRIPE_API_BASE": stripe.base, "KAMIYO_RECONCILE": False}
+        async with running_client(create_app(settings(**key, KAMIYO_WORKER=False))) as client:
+            # In a commit with their rows, if they were not about something that is gone.
+            for kind, one in (("invoice.updated", draft), ("payment_method.updated", card)):
+                await deliver(client, event_json(f"evt_{one['id']}", kind, one, created=NOW - 60))
+        await here.work(db)
+    tables = await billing(db)
+    assert (tables["invoices", "in_1"]["deleted_at"], tables["invoices", "in_1"]["status"]) == (NOW, "draft")
+    assert (tables["payment_methods", "pm_1"]["detached_at"], tables["payment_methods", "pm_1"]["type"]) == (
+        NOW,
+        "card",
+    )
+    await rebuild.rebuild(db)
+    assert await billing(db) == tables
 
 
 async def test_what_stripe_does_not_have_is_processed_with_nothing_to_tell(
@@ -471,6 +511,122 @@ async def test_while_stripe_is_away_events_wait_nothing_fails_and_people_can_see
     assert len(stripe.paths) == 2
     assert await statuses(db) == {"evt_65a": "processed", "evt_other": "processed"}
     assert await db.fetchval("SELECT count(*) FROM webhook_failures") == 0
+
+
+async def test_twins_need_no_stripe_that_answers(
+    db: Connection, database_url: str, settings: MakeSettings, stripe: StripeServer
+) -> None:
+    snapshot, thin = pair("invoice.paid", example("invoice", id="in_1", status="paid"))
+    stripe.faults = [500]
+    async with house(database_url, settings, stripe) as here:
+        await put(db, thin, thin_json("v1.customer.updated", example("customer", id="cus_1"), "evt_65a"))
+        await here.worker.run_once(db)
+        await db.execute(
+            "UPDATE webhook_events SET read_try_at = now() + interval '1 hour' WHERE event_id = 'evt_65thin'"
+        )
+        await here.reader.run_once()
+        await db.execute("UPDATE webhook_events SET read_try_at = now() WHERE read_try_at IS NOT NULL")
+        await put(db, snapshot)
+        await here.work(db)
+        assert (await inbox.queue(db))["circuit_open"] == 1
+    assert await waiting(db) == ["evt_65a"]
+    assert (await row_of(db, "evt_65thin"))["outcome"] == "paired"
+    assert stripe.paths == ["/v1/customers/cus_1"]
+
+
+async def test_one_object_that_stripe_is_slow_with_keeps_no_other_waiting(
+    db: Connection, database_url: str, settings: MakeSettings, stripe: StripeServer
+) -> None:
+    objects = [example("customer", id=f"cus_{number}") for number in range(20)]
+    stripe.show(*objects)
+    stripe.faults = [HANGS]
+    await put(db, *(thin_json("v1.customer.updated", one) for one in objects))
+    async with house(database_url, settings, stripe) as here:
+        while await here.worker.run_once(db):
+            pass
+        reading = asyncio.create_task(here.reader.run())
+
+        async def one_is_left() -> bool:
+            return len(await waiting(db)) == 1
+
+        await until(one_is_left)
+        open_sessions = await db.fetchval(
+            "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'house' AND state <> 'idle'"
+        )
+        held = await db.fetchval("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'")
+        assert (open_sessions, held) == (0, 0), "asking Stripe holds nothing in PostgreSQL"
+
+        # While it is being asked for nobody else takes it; and should its reader die, that is over in seconds.
+        await db.execute(
+            "UPDATE webhook_events SET read_try_at = now() + interval '1 second' WHERE read_due_at IS NOT NULL"
+        )
+        await here.reader.renew()
+        left = (
+            "SELECT extract(epoch FROM read_try_at - now())::float8 FROM webhook_events WHERE read_due_at IS NOT NULL"
+        )
+        assert 10 < await db.fetchval(left) < 16
+        reading.cancel()
+        await asyncio.wait([reading])
+        await db.execute("UPDATE webhook_events SET read_try_at = now() WHERE read_try_at IS NOT NULL")
+        await here.work(db)
+    assert set((await statuses(db)).values()) == {"processed"}
+
+
+async def test_a_process_that_is_killed_while_it_reads_leaves_its_events_to_the_next(
+    db: Connection, database_url: str, settings: MakeSettings, stripe: StripeServer
+) -> None:
+    ada = example("customer", id="cus_1", name="Ada")
+    stripe.show(ada)
+    stripe.faults = [HANGS]
+    variables = {
+        "DATABASE_URL": database_url,
+        "STRIPE_WEBHOOK_SECRET": SECRET,
+        "STRIPE_SECRET_KEY": KEY,
+        "STRIPE_API_BASE": stripe.base,
+        "KAMIYO_RECONCILE": "false",
+    }
+    await put(db, thin_json("v1.customer.updated", ada, "evt_65a"))
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "kamiyo", "worker"),
+        env=os.environ | variables,
+        cwd=ROOT,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+
+    async def asked() -> bool:
+        return bool(stripe.paths)
+
+    await until(asked)
+    process.kill()
+    await process.wait()
+    assert await waiting(db) == ["evt_65a"]
+    assert await db.fetchval("SELECT read_try_at < now() + interval '16 seconds' FROM webhook_events")
+    await db.execute("UPDATE webhook_events SET read_try_at = now()")
+    async with house(database_url, settings, stripe) as here:
+        await here.work(db)
+    row = await row_of(db, "evt_65a")
+    assert (row["status"], row["attempts"], row["suspect"]) == ("processed", 1, False)
+    assert (await billing(db))["customers", "cus_1"]["name"] == "Ada"
+
+
+async def test_what_the_key_is_refused_for_is_asked_for_once_and_is_in_nobodys_way(
+    db: Connection, database_url: str, settings: MakeSettings, stripe: StripeServer
+) -> None:
+    customers = [{"id": f"cus_{number}", "object": "customer"} for number in range(30)]
+    invoices = [example("invoice", id=f"in_{number}") for number in range(20)]
+    stripe.show(*invoices)
+    stripe.forbidden = {"/v1/customers"}
+    await put(db, *(thin_json(f"v1.{one['object']}.updated", one) for one in [*customers, *invoices]))
+    async with house(database_url, settings, stripe) as here:
+        await here.work(db)
+        refused = [path for path in stripe.paths if path.startswith("/v1/customers")]
+        assert len(refused) <= 8, "what was asked for at the same time"
+        assert len(await waiting(db)) == 30
+        assert await db.fetchval(
+            "SELECT bool_and(read_try_at > now() + interval '40 s') FROM webhook_events WHERE thin "
+            "AND read_try_at IS NOT NULL"
+        )
+    assert {event_id for event_id, status in (await statuses(db)).items() if status == "failed"} == set()
 
 
 async def test_a_refused_key_keeps_events_waiting_and_is_told_until_it_is_mended(
