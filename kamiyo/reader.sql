@@ -6,11 +6,11 @@ SELECT pg_try_advisory_xact_lock(118038671810932);
 
 -- name: told
 -- Events whose snapshot twin was processed meanwhile need no read: to the workers, unless they have handlers ($1: their
--- types) that the twin did not run.
+-- types) that the twin did not run. Looked for among the newest, as twins come close together.
 UPDATE webhook_events AS e
 SET read_due_at = NULL, read_try_at = NULL, next_try_at = now()
 FROM (SELECT event_id, snapshot_event, event_type FROM webhook_events
-      WHERE read_try_at <= now() AND snapshot_event IS NOT NULL LIMIT 1000) AS due
+      WHERE read_due_at IS NOT NULL AND snapshot_event IS NOT NULL ORDER BY read_due_at DESC LIMIT 1000) AS due
 JOIN webhook_events AS s ON s.event_id = due.snapshot_event
 WHERE e.event_id = due.event_id AND s.status = 'processed' AND e.status = 'pending'
   AND (s.outcome = 'handled' OR due.event_type <> ALL ($1::text[]))

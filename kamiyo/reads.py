@@ -74,7 +74,8 @@ def for_event(event: Event, second: int, stored: Sequence[Stored]) -> Found | No
     if projections.ends(event) and all(one.read.ended is None for one in stored):
         return None
     best = max(stored, key=lambda one: projections.rank_of_read(one.read))
-    latest = max(stored, key=lambda one: one.asked_to)
+    # What is gone does not come back: of one second, that is the later.
+    latest = max(stored, key=lambda one: (one.asked_to, one.read.gone))
     return Found(best.read, latest.read.body)
 
 

@@ -15,6 +15,7 @@ dead after five tries.
 
 import asyncio
 import contextlib
+import json
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -289,17 +290,18 @@ class Worker:
         return any(
             twin.event_id == event.snapshot_event
             and twin.status is Status.processed
-            and (twin.outcome is Outcome.handled or not self._handlers_of(event))
+            and (twin.outcome is Outcome.handled or not self.registry.of(event.type))
             for twin in twins
         )
 
     def _is_to_be_read(self, event: Event) -> bool:
-        handled = bool(self._handlers_of(event))
+        handled = bool(self.registry.of(event.type))
         return self.settings.may_read(livemode=event.livemode) and reads.wanted(event, handled=handled)
 
     def _handlers_of(self, event: Event) -> tuple[handlers.Handler, ...]:
-        # A thin event whose object cannot be read shows nothing: only who asked for exactly that gets it.
-        if event.thin and not self.settings.may_read(livemode=event.livemode):
+        # A thin event whose object cannot be read, or is not there, shows nothing: only who asked for exactly that gets
+        # it. A handler that was written for snapshots would take nothing for something.
+        if event.thin and not event.read:
             return self.registry.exactly(event.type)
         return self.registry.of(event.type)
 
@@ -592,4 +594,9 @@ async def _project(db: Connection, trials: Sequence[_Trial]) -> None:
 def _with_read(claimed: Claimed, found: reads.Found | None) -> Claimed:
     if found is None:
         return claimed
-    return replace(claimed, event=replace(claimed.event, read=found.body), read=found.read)
+    event = claimed.event
+    body = found.body
+    if not body and projections.ends(event):
+        # Of what is gone, and was said to be, a handler sees what Stripe answers where it still answers for such.
+        body = json.dumps({"id": event.object_id, "object": event.object_type, "deleted": True}).encode()
+    return replace(claimed, event=replace(event, read=body), read=found.read)
