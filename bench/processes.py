@@ -170,7 +170,7 @@ class Meter:
     async def __aenter__(self) -> "Meter":
         self._families = {name: tree(pid) for name, pid in self._roots.items()}
         self._rss = dict.fromkeys(self._roots, 0.0)
-        self._before = {name: _cpu_seconds(family) for name, family in self._families.items()}
+        self._before = {name: cpu_seconds(family) for name, family in self._families.items()}
         self._began, self._busy = time.monotonic(), busy_seconds()
         self._watching = asyncio.create_task(self._watch())
         return self
@@ -183,7 +183,7 @@ class Meter:
         self._look()
         self.usage = {
             name: Usage(
-                cpu=(_cpu_seconds(tree(pid)) - self._before[name]) / took,
+                cpu=(cpu_seconds(tree(pid)) - self._before[name]) / took,
                 rss=self._rss[name],
                 pss=_pss(tree(pid)),
             )
@@ -218,7 +218,7 @@ async def quiet(patience: float) -> None:
             return
 
 
-def _cpu_seconds(family: Iterable[psutil.Process]) -> float:
+def cpu_seconds(family: Iterable[psutil.Process]) -> float:
     """User and system time of the family, with that of children who have already ended (PostgreSQL's backends)."""
     total = 0.0
     for process in family:

@@ -9,7 +9,7 @@ PEERS ?=
 PROFILE ?=
 ROWS ?= 10000000
 
-.PHONY: bench bench-growth bench-cut
+.PHONY: bench bench-growth bench-mirror bench-cut
 
 bench: $(VENV)/.runtime $(VENV)/.project ## Measure against other receivers (SECONDS=3 REPEATS=3 PEERS=… PROFILE=1)
 	@$(PY) -m bench.run --seconds $(or $(SECONDS),4) --repeats $(REPEATS) --connections $(CONNECTIONS) \
@@ -18,6 +18,10 @@ bench: $(VENV)/.runtime $(VENV)/.project ## Measure against other receivers (SEC
 bench-growth: $(VENV)/.runtime $(VENV)/.project ## Fill ten million events and measure again (ROWS=1000000)
 	@$(PY) -m bench.growth --rows $(ROWS) --seconds $(or $(SECONDS),4) --repeats $(REPEATS) $(ARGS)
 
-bench-cut: $(VENV)/.runtime $(VENV)/.project ## Both for a moment, documentation untouched: that they still work
+bench-mirror: $(VENV)/.runtime $(VENV)/.project ## What KAMIYO_MIRROR costs: the same events with and without it
+	@$(PY) -m bench.mirror $(ARGS)
+
+bench-cut: $(VENV)/.runtime $(VENV)/.project ## All for a moment, documentation untouched: that they still work
 	@$(PY) -m bench.run --seconds 1 --repeats 1 --connections 64 --no-docs --results bench/.cache/cut.json $(ARGS)
 	@$(PY) -m bench.growth --rows 30000 --seconds 1 --repeats 1 --no-docs --results bench/.cache/cut-growth.json
+	@$(PY) -m bench.mirror --events 2000 --rounds 1

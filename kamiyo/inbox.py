@@ -41,7 +41,7 @@ class Status(StrEnum):
 class Outcome(StrEnum):
     """What processing an event came to."""
 
-    projected = "projected"  # a billing row speaks of it, or of something newer
+    projected = "projected"  # a billing row, or one of stripe_objects, speaks of it, or of something newer
     handled = "handled"  # handlers of the user's own ran
     ignored = "ignored"  # nobody asked for it
     paired = "paired"  # its twin of the other kind, snapshot or thin, was handled: one occurrence, told twice

@@ -466,6 +466,26 @@ def row_before(event: Event, received: datetime) -> Row | None:
     return _row(kind, event, shaped, received)
 
 
+def plain_object(event: Event) -> dict[str, Any]:
+    """`event.object`, without what PostgreSQL's jsonb refuses. Raises ProjectionError when it cannot be read."""
+    try:
+        return cast(dict[str, Any], _without_nul(event.object))
+    except _UNREADABLE:
+        raise ProjectionError(_CANNOT_BE_READ) from None
+
+
+def plain_object_before(event: Event) -> dict[str, Any] | None:
+    """The same as it was before `event`, from its `previous_attributes`; None where Stripe gives none.
+
+    Raises ProjectionError when it cannot be read.
+    """
+    try:
+        previous = event.previous_attributes
+        return cast(dict[str, Any], _without_nul(_overlaid(event.object, previous))) if previous else None
+    except _UNREADABLE:
+        raise ProjectionError(_CANNOT_BE_READ) from None
+
+
 def is_stub(event: Event) -> bool:
     """Whether this deletion only says that the customer is gone, without the customer."""
     if event.type != "customer.deleted":

@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Callable
 from datetime import datetime
 
-from kamiyo import inbox, projections, ties
+from kamiyo import inbox, mirror, projections, ties
 from kamiyo.database import Connection, load_queries
 from kamiyo.projections import TABLES, ProjectionError
 
@@ -17,8 +17,11 @@ _SQL = load_queries("projections.sql")
 _DAWN = datetime.fromisoformat("2000-01-01T00:00:00+00:00")
 
 
-async def rebuild(db: Connection, *, progress: Callable[[int], None] = lambda done: None) -> int:
-    """Make the four tables again in one transaction; return how many events were read.
+async def rebuild(
+    db: Connection, *, mirrored: frozenset[str] = frozenset(), progress: Callable[[int], None] = lambda done: None
+) -> int:
+    """Make the four tables again in one transaction, and `stripe_objects` of what is `mirrored`; return how many events
+    were read.
 
     Readers see the old rows until it commits. Meanwhile deliveries are stored and acknowledged as ever, and their
     processing waits. `progress` hears how many events are done so far.
@@ -29,17 +32,23 @@ async def rebuild(db: Connection, *, progress: Callable[[int], None] = lambda do
         await db.execute(_SQL["lock_tables"])
         for table in TABLES:
             await db.execute(_SQL[f"forget_{table}"])
+        if mirrored:
+            await mirror.forget(db, mirrored)
         while chunk := await inbox.after(db, at, seq, inbox.CHUNK):
-            told = []
+            told, shown = [], []
             for event, received, _ in chunk:
                 try:
                     row = projections.row_of(event, received)
+                    state = mirror.state_of(event, received, row) if mirror.wants(event, mirrored) else None
                 except ProjectionError:
                     continue  # it could not be applied the first time either
                 if row is not None:
                     told.append((event, row))
+                if state is not None:
+                    shown.append(state)
             if told:
                 await ties.project(db, told)
+            await mirror.project(db, shown, mirrored)
             _, at, seq = chunk[-1]
             done += len(chunk)
             progress(done)

@@ -15,7 +15,7 @@ from enum import StrEnum
 
 import asyncpg
 
-from kamiyo import handlers, inbox, projections, signature, telemetry, tracing
+from kamiyo import handlers, inbox, mirror, projections, signature, telemetry, tracing
 from kamiyo.database import DATABASE_ERRORS, Connection, Pool
 from kamiyo.errors import DatabaseUnavailable, Overloaded, SecretMissing, Unavailable
 from kamiyo.event import Event, parse
@@ -68,6 +68,7 @@ class Receiver:
         self._pool = pool
         self._traces = traces
         self._registry = registry
+        self._mirrored = settings.mirrored
         self._secrets = settings.webhook_secrets
         self._tolerance = settings.signature_tolerance
         self._most_waiting = settings.max_waiting
@@ -224,7 +225,7 @@ class Receiver:
                 return await self._project(db, events, began)
 
     async def _project(self, db: Connection, events: Sequence[Event], began: float) -> Stored:
-        arrivals, rows = ready_to_project(events, self._registry)
+        arrivals, rows = ready_to_project(events, self._registry, self._mirrored)
         # Of an event projected on arrival, its share of the last commit is the best that can be known in this one.
         cost = self._cost + (time.perf_counter() - began) / len(events)
         try:
@@ -261,10 +262,13 @@ def _tell(waiting: _Waiting, message: Message) -> None:
         waiting.answer.set_result(message)
 
 
-def ready_to_project(events: Sequence[Event], registry: Registry) -> tuple[list[Arrival], list[Row]]:
+def ready_to_project(
+    events: Sequence[Event], registry: Registry, mirrored: frozenset[str] = frozenset()
+) -> tuple[list[Arrival], list[Row]]:
     """Which events their billing row is all they need, and those rows, one for each object.
 
-    The workers get what has a handler, what must be read from Stripe, what ties with another, and what is malformed.
+    The workers get what has a handler, what must be read from Stripe, what ties with another, what is malformed, and
+    what is `mirrored`.
     """
     arrivals: list[Arrival] = []
     best: dict[Place, tuple[int, Row]] = {}
@@ -272,7 +276,8 @@ def ready_to_project(events: Sequence[Event], registry: Registry) -> tuple[list[
     now = datetime.now(UTC)
     for at, event in enumerate(events):
         outcome: Outcome | None = None
-        if not event.thin and not registry.of(event.type) and not projections.is_stub(event):
+        alone = not (mirrored and mirror.wants(event, mirrored))
+        if alone and not event.thin and not registry.of(event.type) and not projections.is_stub(event):
             with contextlib.suppress(projections.ProjectionError):
                 row = projections.row_of(event, now)
                 outcome = Outcome.ignored

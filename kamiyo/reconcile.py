@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from kamiyo import handlers, inbox, projections
+from kamiyo import handlers, inbox, mirror, projections
 from kamiyo.database import DATABASE_ERRORS, Connection, Pool, load_queries
 from kamiyo.errors import PayloadError
 from kamiyo.event import Event, parse
@@ -54,6 +54,7 @@ async def reconcile(
     *,
     since: int | None = None,
     registry: Registry = handlers.registry,
+    mirrored: frozenset[str] = frozenset(),
     at_least_every: float = 0.0,
     progress: Callable[[int], None] = lambda looked_at: None,
 ) -> Compared | None:
@@ -70,13 +71,13 @@ async def reconcile(
     begin = since if since is not None else (turn[0] or until - FIRST_SECONDS) - OVERLAP_SECONDS
     looked_at = added = missed = 0
     async for page, last in api.events(created_from=begin, created_to=until):
-        wanted = [event for event in map(_event, page) if event is not None and _wanted(event, registry)]
+        wanted = [event for event in map(_event, page) if event is not None and _wanted(event, registry, mirrored)]
         async with pool.acquire(timeout=10) as db, db.transaction():
-            missing = await _missing(db, wanted)
+            missing, never_told = await _missing(db, wanted, mirrored)
             if missing:
                 await inbox.put(db, missing, source="reconcile")
             looked_at, added = looked_at + len(page), added + len(missing)
-            missed += sum(event.type in handlers.supported_types() for event in missing)
+            missed += sum(event.type in handlers.supported_types() for event in never_told)
             if last:
                 # In the transaction of the last page: killed before, everything is compared again.
                 await db.execute(_SQL["finish"], until, missed)
@@ -85,11 +86,13 @@ async def reconcile(
     return Compared(looked_at, added, missed)
 
 
-async def keep_reconciling(pool: Pool, api: StripeApi, rng: random.Random) -> None:
+async def keep_reconciling(
+    pool: Pool, api: StripeApi, rng: random.Random, mirrored: frozenset[str] = frozenset()
+) -> None:
     """Compare every fifteen minutes, one process of many, until cancelled."""
     while True:
         try:
-            await reconcile(pool, api, at_least_every=EVERY_SECONDS)
+            await reconcile(pool, api, mirrored=mirrored, at_least_every=EVERY_SECONDS)
         except _NOT_NOW as error:
             happened("reconcile_failed", error=type(error).__name__)
         # Shorter than the interval: the process whose turn it was may have gone.
@@ -103,10 +106,17 @@ def _event(said: dict[str, object]) -> Event | None:
         return None
 
 
-def _wanted(event: Event, registry: Registry) -> bool:
-    return bool(projections.table_of(event) or registry.of(event.type))
+def _wanted(event: Event, registry: Registry, mirrored: frozenset[str]) -> bool:
+    return bool(projections.table_of(event) or registry.of(event.type)) or mirror.wants(event, mirrored)
 
 
-async def _missing(db: Connection, events: list[Event]) -> list[Event]:
+async def _missing(db: Connection, events: list[Event], mirrored: frozenset[str]) -> tuple[list[Event], list[Event]]:
+    """Those of `events` to be put in; and of these, what nobody has told yet.
+
+    A thin event tells what the snapshot does that it names; but only the snapshot shows the object as it is mirrored.
+    """
     known = {event_id for (event_id,) in await db.fetch(_SQL["known"], [event.id for event in events])}
-    return list({event.id: event for event in events if event.id not in known}.values())
+    unknown = list({event.id: event for event in events if event.id not in known}.values())
+    told = {event_id for (event_id,) in await db.fetch(_SQL["told"], [event.id for event in unknown])}
+    never_told = [event for event in unknown if event.id not in told]
+    return [event for event in unknown if event.id not in told or mirror.wants(event, mirrored)], never_told

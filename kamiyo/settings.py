@@ -111,6 +111,13 @@ class Settings(BaseSettings):
         "",
         "Python modules with @on(…) handlers, separated by commas, imported at the start: myapp.billing",
     )
+    mirror: str = _setting(
+        "KAMIYO_MIRROR",
+        "",
+        "Keep the latest state of objects as JSON in the table stripe_objects: all, or names of objects or event "
+        "types, separated by commas (charge,refund,checkout.session). Their events are left to the workers.",
+        pattern=r"^[a-z0-9_., ]*$",
+    )
     auto_migrate: bool = _setting(
         "KAMIYO_AUTO_MIGRATE",
         True,
@@ -274,6 +281,11 @@ class Settings(BaseSettings):
     def handler_modules(self) -> tuple[str, ...]:
         """Names of the modules to import for their handlers."""
         return tuple(part.strip() for part in self.handlers.split(",") if part.strip())
+
+    @property
+    def mirrored(self) -> frozenset[str]:
+        """What `stripe_objects` keeps: names of objects and event types, or `all`."""
+        return frozenset(part.strip() for part in self.mirror.split(",") if part.strip())
 
     @property
     def alert_channels(self) -> tuple[str, ...]:

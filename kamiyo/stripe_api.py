@@ -7,12 +7,12 @@ longer each time, and whoever asked waits or comes again later.
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from importlib import import_module
 from math import floor
-from typing import Any
+from typing import Any, TypeVar
 
 from kamiyo.database import Pool, load_queries
 from kamiyo.errors import KamiyoError
@@ -22,6 +22,11 @@ _SQL = load_queries("stripe_api.sql")
 
 #: Objects on one page of a list, at most. Source: Stripe's API reference, "Pagination".
 PAGE = 100
+
+# Requests of one piece of work that are on their way at once: one after the other would leave the budget unused.
+_AT_ONCE = 8
+
+_T = TypeVar("_T")
 
 
 class StripeError(KamiyoError):
@@ -235,6 +240,27 @@ def _kind(path: str, account: str, status: int | None) -> str:
     """What was asked for, without saying for which object: `GET /v1/customers (403)`."""
     kind = "/".join(path.split("/")[: 4 if path.startswith("/v2/") else 3])
     return f"GET {kind}{f' of {account}' if account else ''} ({status})"
+
+
+async def together(asks: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:
+    """Ask several things, a few of them at once; what came of each, in order. The first error ends the rest."""
+    free = asyncio.Semaphore(_AT_ONCE)
+
+    async def one(ask: Coroutine[Any, Any, _T]) -> _T:
+        async with free:
+            return await ask
+
+    waiting = list(asks)
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            asked = [tasks.create_task(one(ask)) for ask in waiting]
+    except ExceptionGroup as group:
+        # One reason is enough for a person, and for whoever catches it by its type.
+        raise group.exceptions[0] from None
+    finally:
+        for ask in waiting:
+            ask.close()  # those that an error kept from being begun
+    return [task.result() for task in asked]
 
 
 def _began(headers: Mapping[str, str], took: float) -> int:

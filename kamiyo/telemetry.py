@@ -125,6 +125,9 @@ _LEVELS: dict[str, int] = {
     "read_refused": _ERROR,
     "tie_settled": _INFO,
     "reader_failed": _ERROR,
+    "backfilled": _INFO,
+    "object_unreadable": _WARNING,
+    "audited": _INFO,
     # telling people
     "alert_told": _INFO,
     "alert_failed": _WARNING,

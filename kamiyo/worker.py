@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 
 import asyncpg
 
-from kamiyo import handlers, inbox, projections, reads, retry, shadow, telemetry, ties, tracing
+from kamiyo import handlers, inbox, mirror, projections, reads, retry, shadow, telemetry, ties, tracing
 from kamiyo.database import DATABASE_ERRORS, Connection, Pool, listening
 from kamiyo.errors import DatabaseUnavailable, KamiyoError
 from kamiyo.event import Event, lane_of
@@ -97,6 +97,7 @@ class Worker:
         self._stopping = False
         self._hands: set[asyncio.Task[None]] = set()
         self._slow: set[str] = set()
+        self._mirrored = self.settings.mirrored
         # Seconds an event takes, lately. Begins as if a whole batch fitted into a turn.
         self._pace = _TURN_SECONDS / self.settings.worker_batch
 
@@ -350,7 +351,7 @@ class Worker:
         began = time.perf_counter()
         # Before anything is written: where twins are in two lanes, the other's worker holds the row.
         await self._pair(db, [trial for trial in trials if self._handlers_of(trial.event)])
-        await _project(db, [trial for trial in trials if not trial.waits_for_twin])
+        await _project(db, [trial for trial in trials if not trial.waits_for_twin], self._mirrored)
         share = (time.perf_counter() - began) / len(trials)
         if self.traces is not None:
             for trial in trials:
@@ -472,7 +473,7 @@ class Worker:
         trial.error = trial.error or error
         try:
             async with db.transaction():
-                await _project(db, [trial])
+                await _project(db, [trial], self._mirrored)
                 await self._record(db, number, trial)
         except ClaimLost:
             raise
@@ -504,7 +505,7 @@ class Worker:
         # record and apart from it: if it is this that kills, that has been counted.
         try:
             async with db.transaction():
-                await _project(db, [trial])
+                await _project(db, [trial], self._mirrored)
         except Exception:
             if db.is_closed():
                 raise
@@ -573,14 +574,18 @@ def _is_being_cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
-async def _project(db: Connection, trials: Sequence[_Trial]) -> None:
+async def _project(db: Connection, trials: Sequence[_Trial], mirrored: frozenset[str]) -> None:
     """Bring the billing tables up to date with all of `trials`, and note how each event stands to its row."""
+    shown = []
     for trial in trials:
         try:
             read = trial.claimed.read
             trial.row = (
                 projections.row_of_read(read) if read else projections.row_of(trial.event, trial.claimed.received)
             )
+            if mirrored and mirror.wants(trial.event, mirrored):
+                shown.append(mirror.state_of(trial.event, trial.claimed.received, trial.row))
+                trial.outcome = Outcome.projected
         except ProjectionError as error:
             trial.error = trial.error or error
         if trial.row is not None:
@@ -589,6 +594,7 @@ async def _project(db: Connection, trials: Sequence[_Trial]) -> None:
     superseded = await ties.project(db, told)
     for trial in trials:
         trial.superseded = trial.row is not None and trial.row.event_id in superseded
+    await mirror.project(db, [state for state in shown if state is not None], mirrored)
 
 
 def _with_read(claimed: Claimed, found: reads.Found | None) -> Claimed:

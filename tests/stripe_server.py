@@ -81,13 +81,24 @@ class StripeServer:
         return self._page(request, self.endpoints)
 
     async def list_objects(self, request: Request) -> Response:
-        """`GET /v1/customers` and the like, newest first; with `customer`, `type` and, for subscriptions, `status`.
+        """`GET /v1/customers` and the like, newest first; with `created`, `customer`, `type` and `status`.
 
         As at Stripe, deleted customers are not listed, and canceled subscriptions only with `status=all`.
         """
-        query, object_type = request.query_params, _COLLECTIONS.get(request.path_params["collection"])
-        if object_type is None:
+        object_type = _COLLECTIONS.get(request.path_params["collection"])
+        return _missing() if object_type is None else self._page(request, self._listed(request, object_type))
+
+    async def list_payment_methods(self, request: Request) -> Response:
+        """`GET /v1/customers/{id}/payment_methods`; 404 for a customer that is not there any more."""
+        customer = request.path_params["id"]
+        if self.objects.get((_account(request), "customer", customer), {"deleted": True}).get("deleted"):
             return _missing()
+        listed = self._listed(request, "payment_method")
+        return self._page(request, [one for one in listed if one["customer"] == customer])
+
+    def _listed(self, request: Request, object_type: str) -> list[dict[str, Any]]:
+        query = request.query_params
+        latest = int(query.get("created[lte]", 2**53))
         found = [
             one
             for (account, kind, _), one in reversed(self.objects.items())
@@ -95,8 +106,9 @@ class StripeServer:
             and not one.get("deleted")
             and (object_type != "subscription" or query.get("status") == "all" or one.get("status") != "canceled")
             and all(one.get(name) == query[name] for name in ("customer", "type") if name in query)
+            and one.get("created", 0) <= latest
         ]
-        return self._page(request, found)
+        return sorted(found, key=lambda one: one.get("created", 0), reverse=True)
 
     async def read_object(self, request: Request) -> Response:
         """`GET /v1/customers/{id}` and the like; anything else that was shown as well, by its plural."""
@@ -147,7 +159,12 @@ class StripeServer:
     def _page(request: Request, objects: list[dict[str, Any]]) -> Response:
         query = request.query_params
         ids = [one["id"] for one in objects]
-        begin = ids.index(query["starting_after"]) + 1 if "starting_after" in query else 0
+        behind = query.get("starting_after")
+        if behind is not None and behind not in ids:
+            return _error(
+                400, "invalid_request_error", "No such object", code="resource_missing", param="starting_after"
+            )
+        begin = ids.index(behind) + 1 if behind is not None else 0
         page = objects[begin : begin + int(query.get("limit", 10))]
         more = begin + len(page) < len(objects)
         return JSONResponse({"object": "list", "url": request.url.path, "data": page, "has_more": more})
@@ -189,6 +206,7 @@ async def stripe_server() -> AsyncIterator[StripeServer]:
             _route(stripe, "/v1/events", stripe.list_events),
             _route(stripe, "/v1/webhook_endpoints", stripe.list_endpoints),
             _route(stripe, "/v1/{collection}", stripe.list_objects),
+            _route(stripe, "/v1/customers/{id}/payment_methods", stripe.list_payment_methods),
             _route(stripe, "/{version:str}/{collection}/{id}", stripe.read_object),
             _route(stripe, "/v2/core/{collection}/{id}", stripe.read_object),
             _route(stripe, "/{path:path}", stripe.nothing, methods=("GET", "HEAD")),

@@ -916,7 +916,18 @@ async def test_an_event_that_changes_no_row_says_so_and_one_whose_row_is_gone_as
     await deliver(client, event_json("evt_2", "customer.updated", CUSTOMER))
     await settled(db, "evt_2")
     await sign_in(client)
-    assert "No billing row" in words(await page(client, "/events/evt_1"))
+    assert "No billing row: events of this type are kept" in words(await page(client, "/events/evt_1"))
+    await db.execute(
+        "INSERT INTO stripe_objects (id, object, livemode, data, last_webhook_event_id, updated_at, last_event_rank, "
+        "deletion_rank, order_evidence) VALUES "
+        "('ch_1', 'charge', false, '{}', 'evt_1', now(), 1, 1, 'undecided'), "
+        "('cus_1', 'customer', false, '{}', 'evt_3', now(), 1, NULL, 'decided')"
+    )
+    text = words(await page(client, "/events/evt_1"))
+    assert "No billing row: of this object the latest state is kept as JSON" in text
+    assert "Its row in stripe_objects stands as this event showed it. Stripe has said that the object is gone." in text
+    assert "Its order is undecided" in text
+    assert "Its row in stripe_objects stands as evt_3 showed it." in words(await page(client, "/events/evt_2"))
     await db.execute("DELETE FROM billing.customers")
     text = words(await page(client, "/events/evt_2"))
     assert "What was there before is not known" in text and "There is no row in the table" in text
@@ -1232,6 +1243,18 @@ async def test_those_that_fail_again_are_counted_as_such(
 
     text = await until(failed_again)
     assert text is not None and "Those that failed again have new tries of their own" in text
+
+
+async def test_of_a_replay_of_very_many_the_first_are_followed_and_the_page_says_so(
+    quiet_desk: httpx.AsyncClient, db: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(5):
+        await put_dead(db)
+    number = await queries.begin_replay(db, "abc", 5)
+    assert "0 of 5" in words(await page(quiet_desk, f"/replays/{number}"))
+    monkeypatch.setattr(queries, "MOST_FOLLOWED", 3)
+    shown = words(await page(quiet_desk, f"/replays/{number}"))
+    assert "0 of the first 3" in shown and "So many that only the first 3 are followed here" in shown
 
 
 async def test_a_replay_whose_server_is_gone_says_so_and_offers_the_rest(
@@ -1574,8 +1597,9 @@ _QUESTIONS: list[tuple[str, tuple[Any, ...]]] = [
     ("now_subscriptions", ("sub_5", "", True)),
     ("now_invoices", ("in_5", "", True)),
     ("now_payment_methods", ("pm_5", "", True)),
+    ("mirrored", ("in_5", "invoice", "", True)),
     ("group_events", ("f8", queries.PAGE)),
-    ("replay_outcome", ("f8", position()[0])),
+    ("replay_outcome", ("f8", position()[0], queries.MOST_FOLLOWED)),
     ("traffic_by_minute", (position()[0], 60)),
     ("traffic_by_hour", (position()[0], 3600)),
     ("types", (position()[0], 12)),

@@ -30,6 +30,7 @@ from fastapi import FastAPI
 from docs import generate
 from kamiyo import database, handlers, settings
 from kamiyo.database import Connection
+from kamiyo.rebuild import rebuild
 from kamiyo.web import create_app
 from tests.conftest import (
     ADMIN,
@@ -49,6 +50,7 @@ from tests.conftest import (
     signed,
 )
 from tests.test_house import FLOORS
+from tests.turns import NOW, example, put, work_off, worker_on
 
 README = ROOT / "README.md"
 OPERATIONS = ROOT / "docs" / "operations.md"
@@ -394,6 +396,61 @@ def test_sql_runs_as_printed(printed: Block, database_for_sql: str) -> None:
     psql(database_for_sql, printed.text)
 
 
+def section(document: Path, heading: str) -> str:
+    """A section of a document: up to the next heading of its level."""
+    return document.read_text(encoding="utf-8").partition(f"\n{heading}\n")[2].partition(f"\n{heading.split()[0]} ")[0]
+
+
+async def test_the_mirrored_objects_answer_as_shown_and_keep_nothing_of_a_customer_who_is_erased(
+    db: Connection, database_url: str
+) -> None:
+    def lived_by(customer: str, number: int) -> Iterator[bytes]:
+        def told(event_type: str, value: dict[str, Any]) -> bytes:
+            return event_json(None, event_type, value, created=NOW, livemode=True)
+
+        card = {"card": {"brand": "visa"}}
+        paid = {"paid": True, "amount_captured": 900, "currency": "usd", "payment_method_details": card}
+        yield told("customer.created", example("customer", id=customer, email=f"{customer}@example.com"))
+        yield told("customer.subscription.created", example("subscription", id=f"sub_{number}", customer=customer))
+        yield told("charge.succeeded", {"id": f"ch_{number}", "object": "charge", "customer": customer, **paid})
+        yield told("cash_balance.funds_available", {"object": "cash_balance", "customer": customer})
+        about = {"charge": f"ch_{number}", "amount": 300 + number, "currency": "usd", "created": NOW}
+        yield told("refund.created", {"id": f"re_{number}", "object": "refund", "status": "succeeded", **about})
+        disputed = {"status": "needs_response", "evidence": {"customer_name": "Ada"}}
+        yield told("charge.dispute.created", {"id": f"du_{number}", "object": "dispute", **disputed, **about})
+
+    worker = await worker_on(database_url, settings_for(database_url, KAMIYO_MIRROR="all"))
+    await put(db, *lived_by("cus_123", 1), *lived_by("cus_456", 2))
+    await put(db, event_json(None, "balance.available", {"object": "balance", "pending": None}, livemode=True))
+    await work_off(worker, db)
+    shown = re.findall(r"```sql\n(SELECT.*?)```", section(OPERATIONS, "## Every object in SQL"), re.DOTALL)
+    disputes, refunds, cards = [[dict(row) for row in await db.fetch(query)] for query in shown]
+    assert [(row["email"], row["disputes"], row["amount"]) for row in disputes] == [
+        ("cus_456@example.com", 1, 302),
+        ("cus_123@example.com", 1, 301),
+    ]
+    assert [(row["refunds"], row["amount"], row["currency"]) for row in refunds] == [(2, 603, "usd")]
+    assert {row["customer"]: (row["brand"], row["amount"]) for row in cards} == {
+        "cus_123": ("visa", 900),
+        "cus_456": ("visa", 900),
+    }
+
+    await db.execute(
+        "INSERT INTO webhook_reads VALUES ('pm_1', '', true, false, 'payment_method', now(), now(), NULL, 1, "
+        """'backfill', '{"id": "pm_1", "object": "payment_method", "customer": "cus_123"}')"""
+    )
+    [erasing] = re.findall(r"```sql\n(.*?)```", section(OPERATIONS, "## Erase a customer"), re.DOTALL)
+    for _ in range(2):
+        psql(database_url, erasing)
+        await rebuild(db, mirrored=frozenset({"all"}))
+        left = {(row["object"], row["id"]) for row in await db.fetch("SELECT object, id FROM stripe_objects")}
+        theirs = {("customer", "cus_456"), ("subscription", "sub_2"), ("charge", "ch_2"), ("cash_balance", "cus_456")}
+        assert left == theirs | {("refund", "re_2"), ("dispute", "du_2"), ("balance", "")}
+    bodies = await db.fetchval("SELECT string_agg(payload::text, '') FROM webhook_event_payloads")
+    assert await db.fetchval("SELECT count(*) FROM webhook_reads") == 0
+    assert "cus_456" in bodies and "du_2" in bodies and "cus_123" not in bodies and "du_1" not in bodies
+
+
 #: What a block of commands may do to a machine here. The others are Stripe's, or change the system.
 _RUN_HERE = ("curl", "psql", "pg_dump", "pg_restore", ".venv/bin/kamiyo", "./scripts/test_webhooks.sh")
 
@@ -441,7 +498,7 @@ def as_a_reader_would(text: str, url: str, folder: Path) -> str:
     """The commands of a block that are run here, with the reader's own address, key and folder."""
     lines = [line for line in text.replace("\\\n", " ").splitlines() if line.startswith(_RUN_HERE)]
     # There is no Stripe to ask here.
-    lines = [line for line in lines if "kamiyo reconcile" not in line]
+    lines = [line for line in lines if not re.search(r"kamiyo (reconcile|backfill|audit)\b", line)]
     return (
         re.sub(r"^curl ", "curl --fail -sS ", "\n".join(lines), flags=re.MULTILINE)
         .replace("http://localhost:8000", url)

@@ -118,6 +118,14 @@ def test_each_setting_gets_its_verdict_and_what_is_wrong_gets_a_sentence_that_me
     assert bool(finding.mend) == (verdict is not pass_)
 
 
+def test_a_name_that_the_mirror_will_never_meet_is_told() -> None:
+    assert list(configuration.mirrored(settings_for(None))) == []
+    [kept] = configuration.mirrored(settings_for(None, KAMIYO_MIRROR="charge, charge.refunded,refund"))
+    assert (kept.verdict, kept.seen) == (pass_, "stripe_objects keeps charge, charge.refunded, refund")
+    [nonsense, typo] = configuration.mirrored(settings_for(None, KAMIYO_MIRROR="charges,refund,0"))
+    assert (nonsense.verdict, typo.verdict, typo.mend) == (warn, warn, "Did you mean charge?")
+
+
 @pytest.mark.parametrize(("mode", "verdict"), [(0o600, pass_), (0o640, warn), (0o644, warn)])
 def test_a_settings_file_that_others_can_read_is_told(tmp_path: Path, mode: int, verdict: Verdict) -> None:
     path = tmp_path / ".env"
@@ -436,9 +444,11 @@ async def test_the_endpoints_that_stripe_knows_are_compared(
     assert of(found, "stripe clock").verdict is pass_
 
 
-async def asked(stripe: StripeServer, url: str, settings: MakeSettings, key: str = KEY) -> list[Finding]:
+async def asked(
+    stripe: StripeServer, url: str, settings: MakeSettings, key: str = KEY, **changes: Any
+) -> list[Finding]:
     pool = await database.open_pool(url, size=2, application="doctor", idle_limit=60)
-    mine = settings(STRIPE_SECRET_KEY=key, STRIPE_API_BASE=stripe.base, KAMIYO_STRIPE_API_RATE=100)
+    mine = settings(STRIPE_SECRET_KEY=key, STRIPE_API_BASE=stripe.base, KAMIYO_STRIPE_API_RATE=100, **changes)
     # An address given to nobody: what Stripe knows is compared with it, not asked.
     where = "" if stripe.endpoints and "elsewhere" not in stripe.endpoints[0]["url"] else ENDPOINT
     try:
@@ -455,6 +465,20 @@ async def test_a_type_that_only_a_handler_of_ones_own_takes_must_be_sent_too(
         stripe.endpoints = [endpoint(enabled_events=list(handlers.GUIDE_TYPES))]
         found = await asked(stripe, database_url, settings)
     assert "charge.refunded" in of(found, "endpoint we_1").seen
+
+
+async def test_a_twin_endpoint_is_none_of_those_that_deliver_events_and_needs_its_own_secret(
+    database_url: str, settings: MakeSettings
+) -> None:
+    async with stripe_server() as stripe:
+        real = endpoint()
+        stripe.endpoints = [real, endpoint(id="we_twin", url=f"{real['url']}?shadow=1")]
+        found = await asked(stripe, database_url, settings)
+        assert {one.check for one in found} >= {"endpoint we_1", "twin endpoint"}
+        assert of(found, "twin endpoint").verdict is warn
+        assert not any("we_twin" in one.check or one.check == "stripe endpoints" for one in found)
+        found = await asked(stripe, database_url, settings, STRIPE_SHADOW_WEBHOOK_SECRET="whsec_of_the_twin")
+        assert not any(one.check == "twin endpoint" for one in found)
 
 
 async def test_all_pages_of_endpoints_are_read(database_url: str, settings: MakeSettings) -> None:

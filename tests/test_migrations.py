@@ -331,7 +331,7 @@ async def test_the_hosts_own_tables_and_functions_stay_as_they_are(empty: tuple[
     assert set(before) <= set(await everything(db))
     assert tuple(*await db.fetch("SELECT * FROM customers")) == (1, "a@b")
     added = set(await everything(db)) - set(before)
-    assert all(re.search(r"\bwebhook_|\bbilling\b|\bpublic\.webhook", thing) for thing in added), added
+    assert all(re.search(r"\bwebhook_|\bbilling\b|\bpublic\.webhook|\bstripe_objects", thing) for thing in added), added
 
 
 # ── Nonsense is refused ───────────────────────────────────────────────────────────────────────────────────

@@ -179,3 +179,10 @@ async def test_what_a_thin_event_has_told_is_not_missing(
     here = {event_id for (event_id,) in await db.fetch("SELECT event_id FROM webhook_events")}
     assert not here & {event["id"] for event in told}
     assert compared.added == len(here) - len(bodies) > 0
+
+    # Where objects are mirrored, only the snapshot shows them. It is taken in, and was not missed for that.
+    async with asking(database_url, settings, stripe) as api:
+        again = await reconcile(pool_of(api), api, mirrored=frozenset({"all"}))
+    assert again is not None and again.missed == 0
+    here = {event_id for (event_id,) in await db.fetch("SELECT event_id FROM webhook_events")}
+    assert {event["id"] for event in told} <= here

@@ -167,7 +167,9 @@ def reconcile(
                     await database.migrate(db)
                 api = StripeApi(pool, settings)
                 try:
-                    return await reconciling.reconcile(pool, api, since=begin, progress=progress)
+                    return await reconciling.reconcile(
+                        pool, api, since=begin, mirrored=settings.mirrored, progress=progress
+                    )
                 finally:
                     await api.close()
             finally:
@@ -194,12 +196,13 @@ def _seconds(text: str) -> int:
 
 
 def rebuild() -> None:
-    """Make the four billing tables again from the stored events alone.
+    """Make the four billing tables again from the stored events alone, and stripe_objects as KAMIYO_MIRROR says.
 
     Receiving goes on meanwhile; processing waits until it is done.
     """
     with progressing("events read") as progress:
-        done = _with_database(lambda db: rebuilding.rebuild(db, progress=progress))
+        mirrored = settings_for_commands().mirrored
+        done = _with_database(lambda db: rebuilding.rebuild(db, mirrored=mirrored, progress=progress))
     console.print(f"the billing tables are rebuilt from {done} events", highlight=False)
 
 

@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from kamiyo.cli import chaos, conform, doctor, events, serve, simulate, upgrade
+from kamiyo.cli import billing, chaos, conform, doctor, events, serve, simulate, upgrade
 from kamiyo.cli.console import complain
 from kamiyo.errors import KamiyoError
 
@@ -25,6 +25,8 @@ app.command("doctor")(doctor.doctor)
 app.add_typer(events.app, name="events")
 app.command("replay")(events.replay)
 app.command("reconcile")(events.reconcile)
+app.command("backfill")(billing.backfill)
+app.command("audit")(billing.audit)
 app.command("rebuild")(events.rebuild)
 app.command("cleanup")(events.cleanup)
 app.command("upgrade-report")(upgrade.upgrade_report)

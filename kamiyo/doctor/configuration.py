@@ -3,12 +3,15 @@
 import re
 import stat
 from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 from kamiyo import handlers
 from kamiyo.doctor.finding import Finding, count, failed, passed, warning
 from kamiyo.errors import SettingsError
+from kamiyo.mirror import ALL
 from kamiyo.settings import LogFormat, Settings
+from kamiyo.simulator import EVENT_TYPES, OBJECTS
 
 _SHORTEST_ADMIN_KEY = 24
 
@@ -153,3 +156,22 @@ def own_handlers(settings: Settings) -> Finding:
     own = handlers.registry.types()
     modules = ", ".join(settings.handler_modules) or "none"
     return passed("handlers", f"modules: {modules}; {count(len(own), 'event type')} with a handler of your own")
+
+
+def mirrored(settings: Settings) -> Iterator[Finding]:
+    """Whether events of Stripe's show what KAMIYO_MIRROR names."""
+    names = sorted(settings.mirrored)
+    if not names:
+        return
+    known = {ALL, *OBJECTS, *EVENT_TYPES}
+    for name in names:
+        if name not in known:
+            close = get_close_matches(name, known, n=1)
+            yield warning(
+                "mirror",
+                f"KAMIYO_MIRROR names {name}, and no event of Stripe's that this Kamiyo knows has an object or a type "
+                "of that name",
+                f"Did you mean {close[0]}?" if close else "Take the name as Stripe writes it under “object”: charge.",
+            )
+    if known.issuperset(names):
+        yield passed("mirror", f"stripe_objects keeps {'every object' if ALL in names else ', '.join(names)}")

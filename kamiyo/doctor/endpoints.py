@@ -15,6 +15,7 @@ from kamiyo.database import DATABASE_ERRORS, Pool
 from kamiyo.doctor.finding import STRIPE_PATH, Finding, Subject, count, failed, passed, shown, warning, words
 from kamiyo.doctor.postgresql import CLOCK_SECONDS, clock
 from kamiyo.settings import Settings
+from kamiyo.simulator import EVENT_TYPES
 from kamiyo.stripe_api import StripeApi, StripeError, StripeRefused
 
 #: The newest API version whose shapes this Kamiyo was tried with.
@@ -74,7 +75,14 @@ def endpoints_known(endpoints: Iterable[dict[str, Any]], subject: Subject, *, li
         )
         return
     for one in ours:
-        yield _endpoint_known(one, mode)
+        yield _endpoint_known(one, mode, subject.settings.mirrored)
+    if any(_is_twin(one) for one in every) and not subject.settings.shadow_secrets:
+        yield warning(
+            "twin endpoint",
+            f"Stripe delivers to …{STRIPE_PATH}?shadow in {mode} mode, and STRIPE_SHADOW_WEBHOOK_SECRET is not set: "
+            "these deliveries are refused",
+            "Set it to that endpoint's signing secret, or remove the endpoint in the Stripe dashboard.",
+        )
     enabled = [one for one in ours if one["status"] == "enabled"]
     if len({one["url"] for one in enabled}) < len(enabled):
         yield warning(
@@ -93,12 +101,20 @@ def endpoints_known(endpoints: Iterable[dict[str, Any]], subject: Subject, *, li
 
 def _is_ours(endpoint: dict[str, Any], url: str) -> bool:
     theirs = str(endpoint["url"])
+    if _is_twin(endpoint):
+        return False
     if url:
         return theirs.rstrip("/").lower() == url.rstrip("/").lower()
     return urlsplit(theirs).path.rstrip("/") == STRIPE_PATH
 
 
-def _endpoint_known(endpoint: dict[str, Any], mode: str) -> Finding:
+def _is_twin(endpoint: dict[str, Any]) -> bool:
+    # What it delivers is compared, and never counted: see `kamiyo/shadow.py`.
+    theirs = urlsplit(str(endpoint["url"]))
+    return theirs.path == STRIPE_PATH and "shadow" in theirs.query
+
+
+def _endpoint_known(endpoint: dict[str, Any], mode: str, mirrored: frozenset[str]) -> Finding:
     check = f"endpoint {endpoint['id']}"
     seen = f"{mode} mode, {shown(str(endpoint['url']))}"
     if endpoint["status"] != "enabled":
@@ -116,7 +132,8 @@ def _endpoint_known(endpoint: dict[str, Any], mode: str) -> Finding:
             "Take the slash off in the Stripe dashboard: Stripe follows no redirects.",
         )
     wanted = endpoint["enabled_events"]
-    lacking = [] if "*" in wanted else [name for name in handlers.supported_types() if name not in wanted]
+    needed = dict.fromkeys((*handlers.supported_types(), *sorted(mirrored.intersection(EVENT_TYPES))))
+    lacking = [] if "*" in wanted else [name for name in needed if name not in wanted]
     if lacking:
         return failed(
             check,

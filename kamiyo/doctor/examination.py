@@ -26,6 +26,8 @@ async def _examine(subject: Subject) -> AsyncIterator[Finding]:
     for finding in chain(*written):
         yield finding
     yield configuration.own_handlers(settings)
+    for finding in configuration.mirrored(settings):
+        yield finding
     async with postgresql.opened(subject) as (db, pool, refused):
         if db is None:
             yield refused
@@ -35,6 +37,8 @@ async def _examine(subject: Subject) -> AsyncIterator[Finding]:
         async for finding in server.answers(subject):
             yield finding
         for finding in await channels.alerts(settings, send_test=subject.send_test):
+            yield finding
+        for finding in await channels.traces(settings):
             yield finding
         for finding in await endpoints.stripe(subject, pool):
             yield finding

@@ -17,7 +17,7 @@ must hold in the end; `deliveries()` brings the events into the disorder in whic
 Everything comes from a seed: no clock, no network, no file but its own templates.
 """
 
-from kamiyo.simulator.catalogue import EVENT_TYPES
+from kamiyo.simulator.catalogue import EVENT_TYPES, OBJECTS
 from kamiyo.simulator.disorder import deliveries
 from kamiyo.simulator.events import SimulatedEvent, encode, previous_attributes
 from kamiyo.simulator.ledger import PLANS
@@ -32,6 +32,7 @@ __all__ = [
     "API_VERSIONS",
     "CURRENT_API_VERSION",
     "EVENT_TYPES",
+    "OBJECTS",
     "PLANS",
     "STORIES",
     "SimulatedEvent",

@@ -123,6 +123,15 @@ _KINDS: dict[str, _Kind] = {
     "treasury.received_debit": _Kind("treasury.received_debit", "rd_", "amount currency network", "succeeded"),
 }
 
+#: Every name that `object` has in these events.
+OBJECTS = frozenset(
+    {
+        *(kind.name for kind in _KINDS.values()),
+        *("charge", "customer", "discount", "invoice", "payment_intent", "payment_method", "plan", "price", "product"),
+        *("refund", "source_mandate_notification", "subscription"),
+    }
+)
+
 # Kinds of which there is a template.
 _TEMPLATED = frozenset({"dispute", "checkout.session", "invoice_payment"})
 

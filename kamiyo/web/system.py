@@ -104,7 +104,8 @@ async def running(settings: Settings) -> AsyncIterator[System]:
             system._serving = asyncio.create_task(_serve(system), name="kamiyo")
             aside = [asyncio.create_task(system.alerts.run(), name="kamiyo alerts")]
             if api is not None and settings.reconcile:
-                comparing = keep_reconciling(pool, api, random.Random())  # noqa: S311 - for jitter
+                jitter = random.Random()  # noqa: S311 - nobody gains by guessing it
+                comparing = keep_reconciling(pool, api, jitter, settings.mirrored)
                 aside.append(asyncio.create_task(comparing, name="kamiyo reconcile"))
             happened("started", worker=settings.worker, environment=settings.environment.value)
             # Longer than a handler may take, so that only one that the limit cannot reach is met by it.

@@ -233,6 +233,11 @@ SELECT * FROM billing.invoices WHERE id = $1 AND account = $2 AND livemode = $3;
 -- name: now_payment_methods
 SELECT * FROM billing.payment_methods WHERE id = $1 AND account = $2 AND livemode = $3;
 
+-- name: mirrored
+-- What KAMIYO_MIRROR keeps of an object.
+SELECT last_webhook_event_id, deleted, order_evidence FROM stripe_objects
+WHERE id = $1 AND object = $2 AND account = $3 AND livemode = $4;
+
 -- ── Failures ────────────────────────────────────────────────────────────────────────────────────────────────
 
 -- name: groups
@@ -301,11 +306,18 @@ SELECT *, extract(epoch FROM now() - heard_at)::float8 AS silent_seconds FROM we
 
 -- name: replay_outcome
 -- What became of the events that were put back in line: those that had failed with this fingerprint ($1) before it began
--- ($2), by where they stand now.
-SELECT count(*) FILTER (WHERE e.status = 'processed' AND e.processed_at >= $2) AS processed,
+-- ($2), by where they stand now. Of very many, only those of the first $3 failures: they are also put back first.
+WITH followed AS MATERIALIZED (
+    SELECT event_id FROM webhook_failures
+    WHERE fingerprint = $1 AND created_at < $2
+    ORDER BY created_at LIMIT $3
+)
+SELECT count(*) AS followed,
+       (SELECT count(*) FROM followed) < $3 AS all_followed,
+       count(*) FILTER (WHERE e.status = 'processed' AND e.processed_at >= $2) AS processed,
        count(*) FILTER (WHERE e.status IN ('pending', 'processing')) AS waiting,
        count(*) FILTER (WHERE e.status = 'failed' AND e.failed_at >= $2) AS failed
-FROM (SELECT DISTINCT event_id FROM webhook_failures WHERE fingerprint = $1 AND created_at < $2) AS was
+FROM (SELECT DISTINCT event_id FROM followed) AS was
 JOIN webhook_events AS e USING (event_id);
 
 -- ── Customer ────────────────────────────────────────────────────────────────────────────────────────────────

@@ -280,6 +280,7 @@ async def event(visit: Visit) -> Response:
         around = await queries.around(db, row)
         told = changes.event_of(row["body"], row["created_at"]) if row["body"] is not None else None
         effect = await queries.effect(db, told, row["created_at"]) if told is not None else None
+        mirrored = await queries.mirrored(db, row)
     last = failures[-1] if failures and row["status"] == "failed" else None
     trace_id = tracing.trace_id_of(event_id) if visit.site.settings.traces else None
     return visit.page(
@@ -295,6 +296,7 @@ async def event(visit: Visit) -> Response:
         advice=attention.advice(last["error_type"], effect) if last else None,
         places=[queries.place_of(failure["traceback"]) for failure in failures[::-1]],
         effect=effect,
+        mirrored=mirrored,
         references=changes.REFERENCES,
         around=around,
         tree=_tree(visit, row["body"]),

@@ -20,6 +20,9 @@ MOST_COUNTED = 10_000
 #: Failed events that are put into groups, the newest first.
 MOST_GROUPED = 20_000
 
+#: At most this many failures are followed through a replay, so that looking each second costs little.
+MOST_FOLLOWED = 20_000
+
 #: Events on a page.
 PAGE = 50
 
@@ -253,6 +256,12 @@ async def effect(db: Connection, event: Event, received: datetime) -> changes.Ef
     return changes.effect_of(event, received, [one for one in events if one is not None], now)
 
 
+async def mirrored(db: Connection, event: asyncpg.Record) -> asyncpg.Record | None:
+    """The row of `stripe_objects` about the event's object; None where there is none."""
+    key = event["object_id"] or event["customer"] or ""
+    return await db.fetchrow(_SQL["mirrored"], key, event["object_type"], event["account"], event["livemode"])
+
+
 # ── Failures ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -356,8 +365,11 @@ async def replay(db: Connection, number: int) -> asyncpg.Record | None:
 
 
 async def replay_outcome(db: Connection, fingerprint: str, since: datetime) -> asyncpg.Record:
-    """processed, waiting and failed: where the events stand that a replay put back in line."""
-    row = await db.fetchrow(_SQL["replay_outcome"], fingerprint, since)
+    """processed, waiting and failed: where the events stand that a replay put back in line.
+
+    `followed` of them were looked at, and `all_followed` says whether that is all.
+    """
+    row = await db.fetchrow(_SQL["replay_outcome"], fingerprint, since, MOST_FOLLOWED)
     assert row is not None  # noqa: S101 - an aggregate without GROUP BY has exactly one row
     return row
 
