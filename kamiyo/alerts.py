@@ -231,16 +231,7 @@ async def find(db: Connection) -> list[Incident]:
     found += await _unread(db)
     missed = await db.fetchrow(_SQL["never_came"])
     if missed is not None:
-        found.append(
-            Incident(
-                "missed",
-                "Stripe had events that never arrived",
-                f"The comparison of {_moment(missed['finished_at'])} found {missed['missed']} events that were not "
-                "delivered; they are stored now and are processed like any. Was the endpoint disabled or unreachable? "
-                "Look at its deliveries in the Stripe dashboard.",
-                "/events",
-            )
-        )
+        found.append(_never_came(missed))
     silence = await db.fetchrow(_SQL["silence"])
     if silence is not None and silence["quiet_hours"] > 2 * (silence["longest_gap_hours"] or 1) + 1:
         found.append(
@@ -261,7 +252,7 @@ async def _unread(db: Connection) -> list[Incident]:
     if late is not None and late["seconds"] > _OVERDUE_SECONDS:
         why = "Is a worker running that has STRIPE_SECRET_KEY?"
         if late["refused_what"] is not None:
-            why = f"Stripe refuses STRIPE_SECRET_KEY for {late['refused_what']}."
+            why = f"Stripe refuses a key for {late['refused_what']}."
         elif late["opened_at"] is not None:
             why = f"Stripe's API has not answered since {_moment(late['opened_at'])}."
         found.append(
@@ -278,10 +269,10 @@ async def _unread(db: Connection) -> list[Incident]:
         found.append(
             Incident(
                 "stripe_refuses",
-                "Stripe refuses the key",
-                f"STRIPE_SECRET_KEY is refused for {refused['refused_what']} since {_moment(refused['refused_at'])}. "
-                "401: set a key that exists. 403: let this one read that (Stripe dashboard, API keys). What waits "
-                "for it goes on by itself.",
+                "Stripe refuses a key",
+                f"Stripe refuses a key (STRIPE_SECRET_KEY, STRIPE_SECRET_KEYS) for {refused['refused_what']} since "
+                f"{_moment(refused['refused_at'])}. 401: set a key that exists. 403: let this one read that (Stripe "
+                "dashboard, API keys); an account that is named may have left. What waits for it goes on by itself.",
                 "/",
             )
         )
@@ -306,6 +297,21 @@ def _died(row: Any) -> Incident:
         f"{many} after the last try ({', '.join(row['types'])}), for example {row['example']}. "
         "Nothing happens to them by themselves any more: mend the cause, then retry them.",
         f"/failures/{row['fingerprint']}",
+    )
+
+
+def _never_came(row: Any) -> Incident:
+    many = "an event that was" if row["missed"] == 1 else f"{row['missed']} events that were"
+    whose = ""
+    if row["connected"]:
+        others = row["accounts"] - len(row["connected"])
+        whose = f" of {', '.join(row['connected'])}{f' and {others} more' if others else ''}"
+    return Incident(
+        "missed",
+        "Stripe had events that never arrived",
+        f"The comparison of {_moment(row['at'])} found {many} not delivered{whose}; they are stored now and are "
+        "processed like any. Was the endpoint disabled or unreachable? Look at its deliveries in the Stripe dashboard.",
+        "/events",
     )
 
 

@@ -85,6 +85,13 @@ class Reader:
     ) -> None:
         self._pool = pool
         self._api = api
+        # What these keys can read: one's own keys all accounts of their mode, the others theirs.
+        named = [(account, livemode) for account, livemode in api.keyed if account]
+        self._reach: tuple[list[bool], list[str], list[bool]] = (
+            [livemode for account, livemode in api.keyed if not account],
+            [account for account, _ in named],
+            [livemode for _, livemode in named],
+        )
         self._registry = registry
         self._rng = rng or random.Random()  # noqa: S311 - for jitter
         self._wake = asyncio.Event()
@@ -156,7 +163,7 @@ class Reader:
     async def _next_in(self) -> float:
         pause = await self._api.pause()
         async with self._pool.acquire(timeout=10) as db:
-            due_in = await db.fetchval(_SQL["next_in"], self._api.livemode)
+            due_in = await db.fetchval(_SQL["next_in"], *self._reach)
         return min(max(due_in, pause, 0.05), _LOOK_EVERY_SECONDS) if due_in is not None else _LOOK_EVERY_SECONDS
 
     async def run_once(self) -> int:
@@ -178,8 +185,8 @@ class Reader:
             if not await db.fetchval(_SQL["alone"]):
                 return 0, []
             told = await db.fetch(_SQL["told"], [f"v1.{snapshot_type(name)}" for name in self._registry.types()])
-            mode = self._api.livemode
-            rows = await db.fetch(_SQL["take"], most, _LEASE_SECONDS, mode, list(THIN_ENDS)) if most else []
+            asked = most, _LEASE_SECONDS, list(THIN_ENDS), *self._reach
+            rows = await db.fetch(_SQL["take"], *asked) if most else []
         self._taken |= {_key(row): row["taken"] for row in rows}
         return len(told), rows
 
@@ -209,7 +216,7 @@ class Reader:
             await self._not_yet(key, _AWAY_SECONDS, most=_AWAY_MOST_SECONDS)
         except StripeKeyRefused as error:
             happened("read_refused", reason=error.what)
-            await self._not_yet_alike(event.account, None if error.every else event.object_type)
+            await self._not_yet_alike(event, every=error.every)
             await self._not_yet(key, _REFUSED_SECONDS)
         except StripeRefused as error:
             happened("read_refused", reason="the request", object_id=wanted.object_id)
@@ -222,9 +229,16 @@ class Reader:
             happened("reads_wait", reason=reason)
         self._waits = True
 
-    async def _ask(self, wanted: _Object) -> Read:
+    async def _ask(self, wanted: _Object, *, awaited: bool = True) -> Read:
         try:
-            reply = await self._api.read(wanted.path, account=wanted.account, patience=_PATIENCE_SECONDS, once=True)
+            reply = await self._api.read(
+                wanted.path,
+                account=wanted.account,
+                livemode=wanted.livemode,
+                patience=_PATIENCE_SECONDS,
+                once=True,
+                keeps_refusal=awaited,
+            )
         except StripeGone as gone:
             happened("object_gone", object_id=wanted.object_id)
             read = wanted.read(b"", gone.second)
@@ -247,11 +261,17 @@ class Reader:
         async with self._pool.acquire(timeout=10) as db:
             await db.execute(_SQL["not_yet"], *key, seconds * self._rng.uniform(0.8, 1.2), most)
 
-    async def _not_yet_alike(self, account: str, object_type: str | None) -> None:
-        """Put off all that is due of this account, and of this type of object unless it is None."""
+    async def _not_yet_alike(self, event: Event, *, every: bool) -> None:
+        """Put off all that is due and would be refused as well.
+
+        That is what is of its type and account; where the key itself is refused, of all types; where that is one's own,
+        of all accounts.
+        """
+        account = None if every and (event.account, event.livemode) not in self._api.keyed else event.account
+        kind = None if every else event.object_type
         seconds = _REFUSED_SECONDS * self._rng.uniform(0.8, 1.2), _REFUSED_MOST_SECONDS
         async with self._pool.acquire(timeout=10) as db:
-            await db.execute(_SQL["not_yet_alike"], account, self._api.livemode, object_type, *seconds)
+            await db.execute(_SQL["not_yet_alike"], account, event.livemode, kind, *seconds)
 
     async def _refuse(self, key: _Key, error_type: str, reason: str) -> None:
         fingerprint = handlers.failure_of(StripeRefused(reason)).fingerprint
@@ -269,19 +289,20 @@ class Reader:
         async with self._pool.acquire(timeout=10) as db:
             if await db.fetchval(_SQL["take_undecided"], every) is None:
                 return 0
-            rows = await db.fetch(_SQL["undecided"], self._api.livemode, _UNDECIDED_AT_ONCE)
+            rows = await db.fetch(_SQL["undecided"], _UNDECIDED_AT_ONCE, *self._reach)
         settled = 0
         for kind, object_id, account, livemode, event_id, rank in rows:
             second = projections.second_of(rank)
             path = f"{PATHS[kind]}/{object_id}"
             wanted = _Object(kind, object_id, account, livemode, path, event_id, second if rank >> 56 else None)
             try:
-                read = await self._ask(wanted)
-            except (StripeUnavailable, StripeKeyRefused) as error:
+                read = await self._ask(wanted, awaited=False)
+            except StripeUnavailable as error:
                 self._say_waiting(str(error))
                 break
-            except StripeRefused:
-                happened("read_refused", reason="the request", object_id=object_id)
+            except StripeRefused as error:
+                reason = error.what if isinstance(error, StripeKeyRefused) else "the request"
+                happened("read_refused", reason=reason, object_id=object_id)
                 continue
             if read.second > second and await self._apply(read):
                 happened("tie_settled", object_id=object_id, event_id=event_id)

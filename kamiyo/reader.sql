@@ -21,7 +21,8 @@ RETURNING pg_notify('webhook_events', '');
 -- them is left to this reader for $2 seconds: should it die, somebody else takes them then.
 WITH due AS MATERIALIZED (
     SELECT event_id, coalesce(object_id, event_id) AS object_id, account, livemode, read_try_at FROM webhook_events
-    WHERE read_try_at <= now() AND livemode = $3
+    WHERE read_try_at <= now()
+      AND (livemode = ANY ($4::boolean[]) OR (account, livemode) IN (SELECT * FROM unnest($5::text[], $6::boolean[])))
     ORDER BY read_try_at LIMIT 500
 ), objects AS MATERIALIZED (
     SELECT object_id, account, livemode, min(read_try_at) AS since, min(event_id) AS example FROM due
@@ -40,7 +41,7 @@ SELECT o.object_id, o.account, o.livemode, e.event_id, e.event_type, e.thin, e.c
        -- When an event that waits says that the object's life has ended.
        (SELECT extract(epoch FROM min(w.stripe_created))::bigint FROM webhook_events AS w
         WHERE w.object_id = o.object_id AND w.account = o.account AND w.livemode = o.livemode
-          AND w.read_due_at IS NOT NULL AND w.event_type = ANY ($4::text[])) AS ended
+          AND w.read_due_at IS NOT NULL AND w.event_type = ANY ($3::text[])) AS ended
 FROM objects AS o JOIN webhook_events AS e ON e.event_id = o.example;
 
 -- name: renew
@@ -72,14 +73,15 @@ WHERE (object_id = $1 OR event_id = $1) AND account = $2 AND livemode = $3 AND r
   AND status = 'pending';
 
 -- name: not_yet_alike
--- The key is refused for others like it as well: all that is due of this account ($1) and mode, and of this type of object
--- unless $3 is null, is put off for $4 seconds, or longer the longer it waits, up to $5; a bounded number at a time.
+-- The key is refused for others like it as well: all that is due of this account ($1) and mode, and of this type of object,
+-- where these are not null, is put off for $4 seconds, or longer the longer it waits, up to $5; a bounded number at a time.
 UPDATE webhook_events
 SET read_try_at = now() + make_interval(
         secs => CASE WHEN read_due_at IS NOT NULL
                      THEN greatest($4, least(extract(epoch FROM now() - read_due_at)::float8 / 4, $5)) END)
 WHERE event_id = ANY (ARRAY(SELECT event_id FROM webhook_events
-                            WHERE read_try_at <= now() AND account = $1 AND livemode = $2
+                            WHERE read_try_at <= now() AND livemode = $2
+                              AND ($1::text IS NULL OR account = $1)
                               AND ($3::text IS NULL OR object_type = $3)
                             ORDER BY read_try_at LIMIT 10000))
   AND status = 'pending';
@@ -101,7 +103,8 @@ RETURNING event_id;
 -- name: next_in
 -- Seconds until something is to be read; null when nothing waits.
 SELECT extract(epoch FROM min(read_try_at) - now())::float8 FROM webhook_events
-WHERE read_try_at IS NOT NULL AND livemode = $1;
+WHERE read_try_at IS NOT NULL
+  AND (livemode = ANY ($1::boolean[]) OR (account, livemode) IN (SELECT * FROM unnest($2::text[], $3::boolean[])));
 
 -- name: take_undecided
 -- Takes the turn of looking for undecided rows, for $1 seconds; the caller that gets no row leaves it to another.
@@ -109,24 +112,26 @@ UPDATE webhook_api_budget SET undecided_try_at = now() + make_interval(secs => $
 WHERE undecided_try_at <= now() RETURNING true;
 
 -- name: undecided
--- Rows that nothing in their events decides, a few at a time, and that Stripe was not asked about since.
+-- Rows that nothing in their events decides, a few at a time, and that Stripe was not asked about since. Drawn, so that
+-- those that Stripe does not give are not in the way of the others.
 WITH rows AS (
     (SELECT 'customer' AS object_type, id, account, livemode, last_webhook_event_id, last_event_rank
-     FROM billing.customers WHERE order_evidence = 'undecided' AND livemode = $1)
+     FROM billing.customers WHERE order_evidence = 'undecided')
     UNION ALL
     (SELECT 'subscription', id, account, livemode, last_webhook_event_id, last_event_rank
-     FROM billing.subscriptions WHERE order_evidence = 'undecided' AND livemode = $1)
+     FROM billing.subscriptions WHERE order_evidence = 'undecided')
     UNION ALL
     (SELECT 'invoice', id, account, livemode, last_webhook_event_id, last_event_rank
-     FROM billing.invoices WHERE order_evidence = 'undecided' AND livemode = $1)
+     FROM billing.invoices WHERE order_evidence = 'undecided')
     UNION ALL
     (SELECT 'payment_method', id, account, livemode, last_webhook_event_id, last_event_rank
-     FROM billing.payment_methods WHERE order_evidence = 'undecided' AND livemode = $1)
+     FROM billing.payment_methods WHERE order_evidence = 'undecided')
 )
 SELECT object_type, id, account, livemode, last_webhook_event_id, last_event_rank FROM rows
-WHERE NOT EXISTS (
+WHERE (livemode = ANY ($2::boolean[]) OR (account, livemode) IN (SELECT * FROM unnest($3::text[], $4::boolean[])))
+  AND NOT EXISTS (
     SELECT FROM webhook_reads AS r
     WHERE r.object_id = rows.id AND r.account = rows.account AND r.livemode = rows.livemode
       AND extract(epoch FROM r.asked_to) > billing.second_of(rows.last_event_rank)
 )
-LIMIT $2;
+ORDER BY random() LIMIT $1;

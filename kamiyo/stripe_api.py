@@ -34,7 +34,7 @@ class StripeError(KamiyoError):
 
 
 class StripeKeyMissing(StripeError):
-    """STRIPE_SECRET_KEY is not set, so Stripe cannot be asked."""
+    """No key of Stripe's API is set, so Stripe cannot be asked."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -48,16 +48,12 @@ class StripeRefused(StripeError):
 
 
 class StripeKeyRefused(StripeRefused):
-    """Stripe refuses the key for `what` (401, 403): a person must give it what it lacks, or set another."""
+    """Stripe refuses a key for `what` (403), or for `every` request (401): a person must mend it, or set another."""
 
-    def __init__(self, what: str) -> None:
-        super().__init__(f"Stripe refuses STRIPE_SECRET_KEY for {what}")
+    def __init__(self, key: str, what: str, *, every: bool) -> None:
+        super().__init__(f"Stripe refuses {key} for {what}")
         self.what = what
-
-    @property
-    def every(self) -> bool:
-        """Whether the key itself is refused (401), for whatever is asked with it."""
-        return self.what.endswith("(401)")
+        self.every = every
 
 
 class StripeGone(StripeError):
@@ -88,29 +84,64 @@ class Reply:
     second: int
 
 
-class StripeApi:
-    """Reads from Stripe with the key of the settings. Raises StripeKeyMissing when there is none."""
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What is asked for, and with whose key: that of `owner` (empty: one's own)."""
 
-    def __init__(self, pool: Pool, settings: Settings, *, keeps_refusals: bool = True) -> None:
-        """`keeps_refusals`: that Stripe refuses the key is kept for the alerts; not where somebody only tries."""
-        key = settings.stripe_secret_key.get_secret_value()
-        if not key:
+    path: str
+    account: str
+    owner: str
+    livemode: bool
+
+    @property
+    def kind(self) -> str:
+        """Without saying for which object: `GET /v1/customers of acct_1 in test mode (403)`."""
+        kind = "/".join(self.path.split("/")[: 4 if self.path.startswith("/v2/") else 3])
+        return f"GET {kind}{_of(self.account)} in {_mode(self.livemode)} mode (403)"
+
+    @property
+    def every(self) -> str:
+        """Whatever is asked for with that key."""
+        return f"every request{_of(self.owner)} in {_mode(self.livemode)} mode (401)"
+
+
+def _of(account: str) -> str:
+    return f" of {account}" if account else ""
+
+
+def _mode(livemode: bool) -> str:
+    return "live" if livemode else "test"
+
+
+class StripeApi:
+    """Reads from Stripe with the keys of the settings. Raises StripeKeyMissing when there is none.
+
+    `keyed` are the accounts that have a key, each with its mode ('' is one's own). `livemode` is the mode that is read
+    where a call names none: that of the first key unless it is given here.
+    """
+
+    def __init__(self, pool: Pool, settings: Settings, *, livemode: bool | None = None) -> None:
+        keys = settings.api_keys
+        if not keys:
             raise StripeKeyMissing
         # The library takes 30 MB and half a second: only where Stripe is asked at all.
         self._stripe: Any = import_module("stripe")
         self._http: Any = self._stripe.HTTPXClient(timeout=settings.stripe_api_timeout)
-        self._client: Any = self._stripe.StripeClient(
-            key,
-            base_addresses={"api": settings.stripe_api_base},
-            # Retrying is ours: the budget must hold over all processes.
-            max_network_retries=0,
-            http_client=self._http,
-        )
+        self._clients: dict[tuple[str, bool], Any] = {
+            (key.account, key.livemode): self._stripe.StripeClient(
+                key.key,
+                base_addresses={"api": settings.stripe_api_base},
+                # Retrying is ours: the budget must hold over all processes.
+                max_network_retries=0,
+                http_client=self._http,
+            )
+            for key in keys
+        }
         self._pool = pool
-        self._keeps_refusals = keeps_refusals
         self._rate = settings.stripe_api_rate
         self._patience = settings.stripe_api_timeout
-        self.livemode = "_live_" in key
+        self.keyed = tuple(self._clients)
+        self.livemode = keys[0].livemode if livemode is None else livemode
 
     async def pause(self) -> float:
         """Seconds until Stripe may be asked again: 0 unless the circuit is open."""
@@ -121,51 +152,74 @@ class StripeApi:
         """Let go of the connections."""
         await self._http.close_async()
 
+    def reaches(self, account: str, livemode: bool) -> bool:
+        """Whether there is a key that may read this account in this mode: its own, or the platform's."""
+        return (account, livemode) in self._clients or ("", livemode) in self._clients
+
     async def read(
         self,
         path: str,
         params: Mapping[str, Any] | None = None,
         *,
         account: str = "",
+        livemode: bool | None = None,
         patience: float = 60.0,
         once: bool = False,
+        keeps_refusal: bool = False,
     ) -> Reply:
-        """GET `path` (`/v1/…`) with `params`; its JSON object.
+        """GET `path` (`/v1/…`) of `account` with `params`; its JSON object.
+
+        With the account's own key where it has one, with the platform's in the account's name otherwise. Raises
+        StripeRefused where neither has a key of the mode.
 
         Waits for the budget and for Stripe, up to `patience` seconds; then raises StripeUnavailable. With `once`, so
         does the first answer that is none (429, 5xx): the caller has others to ask about. Raises StripeGone for a 404,
         StripeKeyRefused for 401 and 403, and StripeRefused for anything else that asking again cannot mend.
+
+        With `keeps_refusal`, that a key is refused is kept for the alerts until Stripe answers for the same: somebody
+        waits for it.
         """
+        livemode = self.livemode if livemode is None else livemode
+        client, options = self._way_to(account, livemode)
+        asked = _Asked(path, account, "" if options else account, livemode)
         try:
             async with asyncio.timeout(patience):
                 while True:
                     await self._wait_for_budget()
                     try:
-                        reply = await self._get(path, account, params or {})
+                        reply = await self._get(client, asked, {**(params or {}), **options})
                     except StripeUnavailable as busy:
                         await self._note("refused", busy.after)
                         if once:
                             raise
                     except StripeKeyRefused as refused:
-                        if self._keeps_refusals:
-                            await self._note("key_refused", refused.what)
+                        await self._note("key_refused", refused.what if keeps_refusal else None)
                         raise
                     except StripeError:
-                        await self._note("answered", _kind(path, account, 403))
+                        await self._note("answered", asked.kind, asked.every)
                         raise
                     else:
-                        await self._note("answered", _kind(path, account, 403))
+                        await self._note("answered", asked.kind, asked.every)
                         return reply
         except TimeoutError as error:
             raise StripeUnavailable(f"Stripe did not answer {path} within {patience:g} s") from error
 
-    async def events(self, *, created_from: int, created_to: int) -> AsyncIterator[tuple[list[dict[str, Any]], bool]]:
+    async def events(
+        self,
+        *,
+        created_from: int,
+        created_to: int,
+        account: str = "",
+        livemode: bool | None = None,
+        after_event: str = "",
+    ) -> AsyncIterator[tuple[list[dict[str, Any]], bool]]:
         """Pages of the events created in these unix seconds (both inclusive), newest first; and whether it is the last.
 
-        Stripe keeps events for 30 days.
+        `after_event` goes on behind that event. Stripe keeps events for 30 days.
         """
         created = {"gte": created_from, "lte": created_to}
-        async for page, last in self.pages("/v1/events", {"created": created}):
+        pages = self.pages("/v1/events", {"created": created}, account=account, livemode=livemode, after=after_event)
+        async for page, last in pages:
             yield page.value["data"], last
             if last:
                 return
@@ -176,6 +230,7 @@ class StripeApi:
         params: Mapping[str, Any] | None = None,
         *,
         account: str = "",
+        livemode: bool | None = None,
         after: str = "",
         patience: float = 60.0,
     ) -> AsyncIterator[tuple[Reply, bool]]:
@@ -185,9 +240,8 @@ class StripeApi:
         """
         behind = {"starting_after": after} if after else {}
         while True:
-            page = await self.read(
-                path, {"limit": PAGE, **(params or {}), **behind}, account=account, patience=patience
-            )
+            asked = {"limit": PAGE, **(params or {}), **behind}
+            page = await self.read(path, asked, account=account, livemode=livemode, patience=patience)
             objects = page.value["data"]
             last = not page.value["has_more"] or not objects
             yield page, last
@@ -195,17 +249,29 @@ class StripeApi:
                 return
             behind = {"starting_after": objects[-1]["id"]}
 
-    async def _get(self, path: str, account: str, params: Mapping[str, Any]) -> Reply:
-        options = {"stripe_account": account} if account else {}
-        stripe = self._stripe
+    def _way_to(self, account: str, livemode: bool) -> tuple[Any, dict[str, str]]:
+        client = self._clients.get((account, livemode))
+        if client is not None:
+            return client, {}
+        client = self._clients.get(("", livemode))
+        if client is None or not account:
+            whose = f"{account}, and none of one's own" if account else "one's own account"
+            raise StripeRefused(
+                f"No key of {_mode(livemode)} mode is set for {whose}: see STRIPE_SECRET_KEY, STRIPE_SECRET_KEYS"
+            )
+        return client, {"stripe_account": account}
+
+    async def _get(self, client: Any, asked: _Asked, params: Mapping[str, Any]) -> Reply:
+        stripe, path = self._stripe, asked.path
         began = time.monotonic()
         try:
-            reply = await self._client.raw_request_async("get", path, **params, **options)
+            reply = await client.raw_request_async("get", path, **params)
         except stripe.RateLimitError as error:
             raise StripeUnavailable("Stripe: too many requests", _retry_after(error)) from error
         except (stripe.AuthenticationError, stripe.PermissionError) as error:
             # The library's message can quote the key.
-            raise StripeKeyRefused(_kind(path, account, error.http_status)) from None
+            every = error.http_status == 401
+            raise StripeKeyRefused(*(_key_of(asked.owner), asked.every if every else asked.kind), every=every) from None
         except stripe.InvalidRequestError as error:
             if error.http_status == 404:
                 second = _began(error.headers or {}, time.monotonic() - began)
@@ -231,15 +297,13 @@ class StripeApi:
             # Never through the night: somebody else may have been answered meanwhile.
             await asyncio.sleep(min(wait, 1.0))
 
-    async def _note(self, query: str, parameter: float | str) -> None:
+    async def _note(self, query: str, *parameters: float | str | None) -> None:
         async with self._pool.acquire(timeout=10) as db:
-            await db.execute(_SQL[query], parameter)
+            await db.execute(_SQL[query], *parameters)
 
 
-def _kind(path: str, account: str, status: int | None) -> str:
-    """What was asked for, without saying for which object: `GET /v1/customers (403)`."""
-    kind = "/".join(path.split("/")[: 4 if path.startswith("/v2/") else 3])
-    return f"GET {kind}{f' of {account}' if account else ''} ({status})"
+def _key_of(account: str) -> str:
+    return f"the key of {account} in STRIPE_SECRET_KEYS" if account else "STRIPE_SECRET_KEY"
 
 
 async def together(asks: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:

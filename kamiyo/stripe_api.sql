@@ -37,17 +37,20 @@ WHERE probing OR refusals = 0;
 
 -- name: answered
 -- Stripe answers: the circuit is closed. But not by what was on its way when it opened: that says nothing of now. What Stripe
--- refused the key for is over once it answers for the same.
+-- refused a key for is over once it answers for the same ($1), or for anything with that key ($2).
 UPDATE webhook_api_budget
 SET refusals = CASE WHEN probing THEN 0 ELSE refusals END, open_until = CASE WHEN NOT probing THEN open_until END,
     opened_at = CASE WHEN NOT probing THEN opened_at END, probing = false,
-    refused_at = CASE WHEN $1 = refused_what OR refused_what LIKE '% (401)' THEN NULL ELSE refused_at END,
-    refused_what = CASE WHEN $1 = refused_what OR refused_what LIKE '% (401)' THEN NULL ELSE refused_what END
-WHERE probing OR $1 = refused_what OR refused_what LIKE '% (401)';
+    refused_at = CASE WHEN refused_what IN ($1, $2) THEN NULL ELSE refused_at END,
+    refused_what = CASE WHEN refused_what IN ($1, $2) THEN NULL ELSE refused_what END
+WHERE probing OR refused_what IN ($1, $2);
 
 -- name: key_refused
--- Stripe answers, but not to this key.
+-- Stripe answers, but not to this key; what it was asked for is kept if somebody waits for it.
 UPDATE webhook_api_budget
 SET refusals = CASE WHEN probing THEN 0 ELSE refusals END, open_until = CASE WHEN NOT probing THEN open_until END,
     opened_at = CASE WHEN NOT probing THEN opened_at END, probing = false,
-    refused_at = coalesce(refused_at, clock_timestamp()), refused_last_at = clock_timestamp(), refused_what = $1;
+    refused_at = CASE WHEN $1::text IS NULL THEN refused_at ELSE coalesce(refused_at, clock_timestamp()) END,
+    refused_last_at = CASE WHEN $1::text IS NULL THEN refused_last_at ELSE clock_timestamp() END,
+    refused_what = coalesce($1::text, refused_what)
+WHERE probing OR $1::text IS NOT NULL;

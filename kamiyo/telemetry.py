@@ -117,7 +117,9 @@ _LEVELS: dict[str, int] = {
     "migrated": _INFO,
     "maintenance_failed": _WARNING,
     # asking Stripe
+    "reconciling": _INFO,
     "reconciled": _INFO,
+    "reconcile_refused": _INFO,
     "reconcile_failed": _WARNING,
     "objects_read": _INFO,
     "object_gone": _WARNING,
@@ -250,7 +252,7 @@ _GAUGES = {
     "webhook_waiting_reads": ("waiting_reads", "Events that wait until their object is read from Stripe."),
     "webhook_oldest_unread_seconds": ("oldest_unread_seconds", "How long the oldest of them has waited for that."),
     "webhook_stripe_circuit_open": ("circuit_open", "1 while Stripe does not answer, and everybody who asks it waits."),
-    "webhook_missed_events": ("missed", "Events Stripe had and we did not, in the last comparison with its list."),
+    "webhook_missed_events": ("missed", "Events Stripe had and we did not, in the last comparison with its lists."),
     "webhook_database_up": ("database_up", "1 while the database answers."),
 }
 

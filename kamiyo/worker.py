@@ -297,7 +297,7 @@ class Worker:
 
     def _is_to_be_read(self, event: Event) -> bool:
         handled = bool(self.registry.of(event.type))
-        return self.settings.may_read(livemode=event.livemode) and reads.wanted(event, handled=handled)
+        return self.settings.may_read(event.account, livemode=event.livemode) and reads.wanted(event, handled=handled)
 
     def _handlers_of(self, event: Event) -> tuple[handlers.Handler, ...]:
         # A thin event whose object cannot be read, or is not there, shows nothing: only who asked for exactly that gets

@@ -350,6 +350,34 @@ async def test_without_a_key_for_their_mode_thin_events_show_nothing_and_only_wh
     assert stripe.paths == [], "the key of the other mode would find nothing, and that would be believed"
 
 
+async def test_each_account_and_mode_is_read_with_the_key_that_opens_it(
+    db: Connection, database_url: str, settings: MakeSettings, stripe: StripeServer
+) -> None:
+    live, member = "rk_live_of_the_tests", "rk_test_of_a_member"
+    stripe.keys = {KEY: "", live: "", member: "acct_member"}
+    ada = {"id": "cus_1", "object": "customer"}
+    whose = [("", False), ("acct_connected", False), ("acct_member", False), ("", True), ("acct_x", True)]
+    stripe.show(example("customer", id="cus_1", name="of "), account="")
+    for account in ("acct_connected", "acct_member", "acct_x"):
+        stripe.show(example("customer", id="cus_1", name=f"of {account}"), account=account)
+    keys = {"STRIPE_SECRET_KEY": f"{KEY},{live}", "STRIPE_SECRET_KEYS": json.dumps({"acct_member": member})}
+    await put(
+        db,
+        *(thin_json("v1.customer.updated", ada, livemode=mode, account=account or None) for account, mode in whose),
+    )
+    # One that has but the member's key leaves what that does not open to the others.
+    few = {"STRIPE_SECRET_KEY": "", "STRIPE_SECRET_KEYS": keys["STRIPE_SECRET_KEYS"]}
+    async with house(database_url, settings, stripe, **keys) as here:
+        assert await here.worker.run_once(db) == 5
+        async with house(database_url, settings, stripe, **few) as there:
+            assert await there.reader.run_once() == 1
+        assert len(await waiting(db)) == 4
+        await here.work(db)
+    rows = await db.fetch("SELECT account, livemode, name FROM billing.customers")
+    assert {tuple(row) for row in rows} == {(account, mode, f"of {account}") for account, mode in whose}
+    assert sorted(stripe.accounts) == ["", "", "", "acct_connected", "acct_x"], "the member's key says whose it is"
+
+
 async def test_the_object_of_an_event_that_stripe_could_not_make_is_read(
     db: Connection, database_url: str, settings: MakeSettings, stripe: StripeServer
 ) -> None:
@@ -659,7 +687,7 @@ async def test_a_refused_key_keeps_events_waiting_and_is_told_until_it_is_mended
         await put(db, thin_json("v1.invoice.updated", {"id": "in_1", "object": "invoice"}, "evt_65i"))
         await here.work(db)
         told = {one.key: one for one in await alerts.find(db)}
-        assert "GET /v1/customers (403)" in told["stripe_refuses"].body
+        assert "GET /v1/customers in test mode (403)" in told["stripe_refuses"].body
         late = "UPDATE webhook_events SET read_due_at = now() - interval '6 minutes' WHERE read_due_at IS NOT NULL"
         await db.execute(late)
         assert "evt_65a" in {one.key: one for one in await alerts.find(db)}["reads_overdue"].body

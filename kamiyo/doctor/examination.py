@@ -50,9 +50,8 @@ def without_secrets(finding: Finding, subject: Subject) -> Finding:
     url = settings.database_url.get_secret_value() if settings.database_url else ""
     password = re.match(r"\w+://[^:/]*:(.*)@", url)
     known = {
-        *settings.webhook_secrets,
+        *configuration.secret_values(settings),
         settings.admin_api_key.get_secret_value(),
-        settings.stripe_secret_key.get_secret_value(),
         *settings.alert_channels,
         *((url, password[1], unquote(password[1])) if password else ()),
     }

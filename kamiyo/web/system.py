@@ -86,8 +86,7 @@ async def running(settings: Settings) -> AsyncIterator[System]:
             application="kamiyo",
             idle_limit=settings.handler_timeout + settings.idle_limit,
         )
-        asks = settings.worker and settings.stripe_secret_key.get_secret_value()
-        api = StripeApi(pool, settings) if asks else None
+        api = StripeApi(pool, settings) if settings.worker and settings.api_keys else None
         system = System(
             settings,
             url,
@@ -104,8 +103,12 @@ async def running(settings: Settings) -> AsyncIterator[System]:
             system._serving = asyncio.create_task(_serve(system), name="kamiyo")
             aside = [asyncio.create_task(system.alerts.run(), name="kamiyo alerts")]
             if api is not None and settings.reconcile:
-                jitter = random.Random()  # noqa: S311 - nobody gains by guessing it
-                comparing = keep_reconciling(pool, api, jitter, settings.mirrored)
+                comparing = keep_reconciling(
+                    *(pool, api),
+                    random.Random(),  # noqa: S311 - nobody gains by guessing it
+                    own_account=settings.stripe_account_id,
+                    mirrored=settings.mirrored,
+                )
                 aside.append(asyncio.create_task(comparing, name="kamiyo reconcile"))
             happened("started", worker=settings.worker, environment=settings.environment.value)
             # Longer than a handler may take, so that only one that the limit cannot reach is met by it.
