@@ -360,13 +360,16 @@ async def test_each_account_and_mode_is_read_with_the_key_that_opens_it(
     stripe.show(example("customer", id="cus_1", name="of "), account="")
     for account in ("acct_connected", "acct_member", "acct_x"):
         stripe.show(example("customer", id="cus_1", name=f"of {account}"), account=account)
-    keys = {"STRIPE_SECRET_KEY": f"{KEY},{live}", "STRIPE_SECRET_KEYS": json.dumps({"acct_member": member})}
+    keys: dict[str, Any] = {
+        "STRIPE_SECRET_KEY": f"{KEY},{live}",
+        "STRIPE_SECRET_KEYS": json.dumps({"acct_member": member}),
+    }
     await put(
         db,
         *(thin_json("v1.customer.updated", ada, livemode=mode, account=account or None) for account, mode in whose),
     )
     # One that has but the member's key leaves what that does not open to the others.
-    few = {"STRIPE_SECRET_KEY": "", "STRIPE_SECRET_KEYS": keys["STRIPE_SECRET_KEYS"]}
+    few: dict[str, Any] = {"STRIPE_SECRET_KEY": "", "STRIPE_SECRET_KEYS": keys["STRIPE_SECRET_KEYS"]}
     async with house(database_url, settings, stripe, **keys) as here:
         assert await here.worker.run_once(db) == 5
         async with house(database_url, settings, stripe, **few) as there:
