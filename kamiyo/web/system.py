@@ -19,6 +19,7 @@ from kamiyo.alerts import Alerts
 from kamiyo.database import DATABASE_ERRORS, UNAVAILABLE, Pool
 from kamiyo.errors import DatabaseUnavailable, KamiyoError
 from kamiyo.postgres import EmbeddedPostgres
+from kamiyo.reader import Reader
 from kamiyo.receive import Receiver
 from kamiyo.reconcile import keep_reconciling
 from kamiyo.settings import Settings
@@ -85,7 +86,8 @@ async def running(settings: Settings) -> AsyncIterator[System]:
             application="kamiyo",
             idle_limit=settings.handler_timeout + settings.idle_limit,
         )
-        worker = Worker(pool, url, settings, traces=traces)
+        api = StripeApi(pool, settings) if settings.worker and settings.api_keys else None
+        worker = Worker(pool, url, settings, reader=Reader(pool, api) if api else None, traces=traces)
         system = System(
             settings,
             url,
@@ -101,9 +103,9 @@ async def running(settings: Settings) -> AsyncIterator[System]:
                 await _make_ready(system)
             system._serving = asyncio.create_task(_serve(system), name="kamiyo")
             aside = [asyncio.create_task(system.alerts.run(), name="kamiyo alerts")]
-            if settings.worker and settings.reconcile and settings.api_keys:
+            if api is not None and settings.reconcile:
                 comparing = keep_reconciling(
-                    *(pool, StripeApi(pool, settings)),
+                    *(pool, api),
                     random.Random(),  # noqa: S311 - nobody gains by guessing it
                     own_account=settings.stripe_account_id,
                     mirrored=settings.mirrored,
@@ -124,6 +126,8 @@ async def running(settings: Settings) -> AsyncIterator[System]:
             for task in aside:
                 task.cancel()
             await _stop(system)
+            if api is not None:
+                await api.close()
             if traces is not None:
                 await traces.flush(settings.shutdown_grace * _TO_HAND_OVER)
             happened("stopped")
