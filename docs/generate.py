@@ -113,7 +113,7 @@ watchdog.
         yield _unwrapped(command.help) + "\n"
         rows = []
         for parameter in command.params:
-            named = [f"`{option}`" for option in parameter.opts]
+            named = [f"`{option}`" for option in (*parameter.opts, *parameter.secondary_opts)]
             shown = named if parameter not in arguments else [f"`{_argument(parameter)}`"]
             meaning, default = _help(parameter)
             rows.append((", ".join(shown), default, meaning))

@@ -228,16 +228,7 @@ async def find(db: Connection) -> list[Incident]:
         )
     missed = await db.fetchrow(_SQL["never_came"])
     if missed is not None:
-        found.append(
-            Incident(
-                "missed",
-                "Stripe had events that never arrived",
-                f"The comparison of {_moment(missed['finished_at'])} found {missed['missed']} events that were not "
-                "delivered; they are stored now and are processed like any. Was the endpoint disabled or unreachable? "
-                "Look at its deliveries in the Stripe dashboard.",
-                "/events",
-            )
-        )
+        found.append(_never_came(missed))
     silence = await db.fetchrow(_SQL["silence"])
     if silence is not None and silence["quiet_hours"] > 2 * (silence["longest_gap_hours"] or 1) + 1:
         found.append(
@@ -270,6 +261,21 @@ def _died(row: Any) -> Incident:
         f"{many} after the last try ({', '.join(row['types'])}), for example {row['example']}. "
         "Nothing happens to them by themselves any more: mend the cause, then retry them.",
         f"/failures/{row['fingerprint']}",
+    )
+
+
+def _never_came(row: Any) -> Incident:
+    many = "an event that was" if row["missed"] == 1 else f"{row['missed']} events that were"
+    whose = ""
+    if row["connected"]:
+        others = row["accounts"] - len(row["connected"])
+        whose = f" of {', '.join(row['connected'])}{f' and {others} more' if others else ''}"
+    return Incident(
+        "missed",
+        "Stripe had events that never arrived",
+        f"The comparison of {_moment(row['at'])} found {many} not delivered{whose}; they are stored now and are "
+        "processed like any. Was the endpoint disabled or unreachable? Look at its deliveries in the Stripe dashboard.",
+        "/events",
     )
 
 

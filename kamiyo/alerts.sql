@@ -34,8 +34,12 @@ FROM webhook_events
 WHERE next_try_at IS NOT NULL ORDER BY next_try_at, seq LIMIT 1;
 
 -- name: never_came
--- What the last comparison with Stripe's list found missing; told until one finds nothing.
-SELECT missed, finished_at FROM webhook_reconciliation WHERE missed > 0;
+-- What the comparisons with Stripe's lists found missing, the last of each account and one that is going on; told until
+-- they find nothing. An account that is not compared any more says nothing after a day.
+SELECT sum(greatest(missed, found))::bigint AS missed, max(heard_at) AS at, count(*) AS accounts,
+       array_remove((array_agg(account ORDER BY greatest(missed, found) DESC, account))[1:5], '') AS connected
+FROM webhook_reconciliation WHERE (missed > 0 OR found > 0) AND heard_at > now() - interval '1 day'
+HAVING count(*) > 0;
 
 -- name: silence
 -- Hours since the last event, and the longest time without one in the week before; null where there was no traffic

@@ -42,4 +42,6 @@ SELECT fingerprint, error_type, count(DISTINCT event_id) AS events FROM webhook_
 WHERE created_at > now() - interval '1 day' GROUP BY fingerprint, error_type ORDER BY events DESC, fingerprint LIMIT 3;
 
 -- name: compared
-SELECT extract(epoch FROM now() - finished_at)::float8 AS seconds_ago, missed FROM webhook_reconciliation;
+SELECT account, livemode, extract(epoch FROM now() - finished_at)::float8 AS seconds_ago, missed,
+       refused_at > coalesce(finished_at, '-infinity') AS refused
+FROM webhook_reconciliation ORDER BY account, livemode;

@@ -6,11 +6,13 @@
     ├── ForeignTables            the database has tables of these names that are not Kamiyo's
     ├── ReceiveError             a delivery is refused; carries the HTTP answer
     │   ├── SignatureError       400 · nothing proves that Stripe sent it
+    │   ├── RoadKeyInvalid       401 · another road's key is absent or wrong
     │   ├── PayloadError         400 · Stripe signed it, but it is not an event
     │   ├── BodyTooLarge         413 · longer than the limit
     │   ├── BodyTooSlow          408 · it trickles
     │   └── Unavailable          503 · not committed, so Stripe must deliver again
     │       ├── SecretMissing    no signing secret is configured
+    │       ├── RoadClosed       no key is configured for this road
     │       ├── Overloaded       more is waiting than can be committed soon
     │       ├── TooMuchArriving  more of half-received bodies is held than there is memory for
     │       └── DatabaseUnavailable   PostgreSQL cannot be had
@@ -82,8 +84,15 @@ class SignatureMissing(SignatureError):
         super().__init__("missing")
 
 
+class RoadKeyInvalid(ReceiveError):
+    """The `X-Api-Key` header of a delivery by EventBridge or Event Grid is absent or wrong."""
+
+    status = 401
+    detail = "Invalid API key"
+
+
 class PayloadError(ReceiveError):
-    """The signature holds, but the body is not a Stripe event."""
+    """It is proved who sent it, but the body is not a Stripe event."""
 
     status = 400
     detail = "Invalid payload"
@@ -115,6 +124,13 @@ class SecretMissing(Unavailable):
     """No signing secret is configured, so nothing can be verified and nothing is accepted."""
 
     detail = "Webhook secret not configured"
+    retry_after = 60
+
+
+class RoadClosed(Unavailable):
+    """No key is configured for this road, so nothing is accepted by it."""
+
+    detail = "API key not configured"
     retry_after = 60
 
 

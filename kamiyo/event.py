@@ -6,7 +6,7 @@ event (`object: "v2.core.event"`) only names it. Source: Stripe's documentation,
 
 import json
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
@@ -27,8 +27,9 @@ class Event:
     """One Stripe event.
 
     `created` is Stripe's time in whole unix seconds. `object_type` and `object_id` name what the event is about,
-    `customer` whose it is; each is None where Stripe does not say. `account` and `context` are empty for an event
-    of one's own account. `body` is the JSON exactly as received.
+    `customer` whose it is; each is None where Stripe does not say. `account` is the account that the object lives in,
+    empty for one's own; `context` is Stripe's own words for the way there, empty where it says nothing. `body` is the
+    JSON exactly as received.
     """
 
     id: str
@@ -86,6 +87,28 @@ def lane_of(account: str, owner: str) -> int:
     return zlib.crc32(f"{account}\0{owner}".encode()) & 0x7FFF_FFFF
 
 
+def account_in(context: str) -> str:
+    """The account that a context leads to: the last part of `acct_1/acct_1a`; empty where that is no account.
+
+    Source: Stripe's documentation, "Stripe-Context header". Connect events say `account` as well; organisations' events
+    and thin events say nothing but the context.
+    """
+    last = context.rpartition("/")[2]
+    return last if last.startswith("acct_") else ""
+
+
+def filed(event: Event, *, own: str, otherwise: str = "") -> Event:
+    """`event` under the account that its rows are kept by.
+
+    `otherwise` is the account of the road it came by, for an event that names none. `own` is one's own account, which
+    is kept as '' however an event speaks of it.
+    """
+    account = event.account or otherwise
+    if account == own:
+        account = ""
+    return event if account == event.account else replace(event, account=account)
+
+
 class _Object(msgspec.Struct):
     id: Any = None
     object: Any = None
@@ -136,6 +159,7 @@ def parse(body: bytes, *, received: float) -> Event:
     if event_id is None or event_type is None or envelope.object not in ("event", "v2.core.event"):
         raise PayloadError
     thin = envelope.object == "v2.core.event"
+    context = _name(envelope.context) or ""
     object_type, object_id, customer = _thin_subject(envelope) if thin else _snapshot_subject(envelope)
     return Event(
         id=event_id,
@@ -143,8 +167,8 @@ def parse(body: bytes, *, received: float) -> Event:
         created=_seconds(envelope.created, received),
         thin=thin,
         livemode=envelope.livemode is True,
-        account=_name(envelope.account) or "",
-        context=_name(envelope.context) or "",
+        account=_name(envelope.account) or account_in(context),
+        context=context,
         api_version=_name(envelope.api_version),
         object_type=object_type,
         object_id=object_id,
@@ -156,13 +180,18 @@ def parse(body: bytes, *, received: float) -> Event:
 
 def decode(body: bytes) -> dict[str, Any]:
     """A JSON object as plain values. Raises PayloadError for anything else."""
-    try:
-        value = _read_json(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        value = _decode_patiently(body)
+    value = decode_value(body)
     if not isinstance(value, dict):
         raise PayloadError("Invalid payload: not a JSON object")
     return value
+
+
+def decode_value(body: bytes) -> Any:
+    """Any JSON as plain values. Raises PayloadError for what is none."""
+    try:
+        return _read_json(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return _decode_patiently(body)
 
 
 def _decode_patiently(body: bytes) -> Any:

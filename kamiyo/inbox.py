@@ -20,6 +20,9 @@ from kamiyo.projections import TABLES, Row
 
 _SQL = load_queries("inbox.sql")
 
+#: What people call the account that is kept as '': one's own. No id of an account looks like it.
+OWN = "own"
+
 #: Events that one statement of a long piece of work touches, so that no lock is held for long.
 CHUNK = 1000
 
@@ -86,19 +89,25 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Filters:
-    """Which events: each filter is None (any) or a value. `since` is inclusive, `until` exclusive."""
+    """Which events: each filter is None (any) or a value. `since` is inclusive, `until` exclusive.
+
+    `account` '' is one's own. Where `context` is one, it is compared as a whole.
+    """
 
     status: str | None = None
     type: str | None = None
     customer: str | None = None
     object_id: str | None = None
     account: str | None = None
+    context: str | None = None
+    livemode: bool | None = None
     since: datetime | None = None
     until: datetime | None = None
 
     def values(self) -> tuple[Any, ...]:
         """In the order of the queries' parameters."""
-        return self.status, self.type, self.customer, self.object_id, self.account, self.since, self.until
+        named = (self.status, self.type, self.customer, self.object_id, self.account, self.context)
+        return *named, self.livemode, self.since, self.until
 
 
 # ── In ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -196,11 +196,13 @@ WHERE ($1::text IS NULL OR status = $1)
   AND ($3::text IS NULL OR customer = $3)
   AND ($4::text IS NULL OR object_id = $4)
   AND ($5::text IS NULL OR account = $5)
-  AND ($6::timestamptz IS NULL OR created_at >= $6)
-  AND ($7::timestamptz IS NULL OR created_at < $7)
-  AND ($8::timestamptz IS NULL OR (created_at, seq) < ($8, $9::bigint))
+  AND ($6::text IS NULL OR context = $6 AND context <> '')
+  AND ($7::boolean IS NULL OR livemode = $7)
+  AND ($8::timestamptz IS NULL OR created_at >= $8)
+  AND ($9::timestamptz IS NULL OR created_at < $9)
+  AND ($10::timestamptz IS NULL OR (created_at, seq) < ($10, $11::bigint))
 ORDER BY created_at DESC, seq DESC
-LIMIT $10;
+LIMIT $12;
 
 -- name: count_matching
 -- How many events a replay would run again.
@@ -210,10 +212,12 @@ WHERE status = $1 AND ($1 <> 'failed' OR failed_at IS NOT NULL)
   AND ($3::text IS NULL OR customer = $3)
   AND ($4::text IS NULL OR object_id = $4)
   AND ($5::text IS NULL OR account = $5)
-  AND ($6::timestamptz IS NULL OR created_at >= $6)
-  AND ($7::timestamptz IS NULL OR created_at < $7)
-  AND ($8::text IS NULL OR EXISTS (SELECT FROM webhook_failures AS f
-                                   WHERE f.event_id = webhook_events.event_id AND f.fingerprint = $8));
+  AND ($6::text IS NULL OR context = $6 AND context <> '')
+  AND ($7::boolean IS NULL OR livemode = $7)
+  AND ($8::timestamptz IS NULL OR created_at >= $8)
+  AND ($9::timestamptz IS NULL OR created_at < $9)
+  AND ($10::text IS NULL OR EXISTS (SELECT FROM webhook_failures AS f
+                                    WHERE f.event_id = webhook_events.event_id AND f.fingerprint = $10));
 
 -- name: replay
 -- Puts a bounded number of matching events back in line, oldest first, and says where it got to, so that the next
@@ -225,12 +229,14 @@ WITH picked AS (
       AND ($3::text IS NULL OR customer = $3)
       AND ($4::text IS NULL OR object_id = $4)
       AND ($5::text IS NULL OR account = $5)
-      AND ($6::timestamptz IS NULL OR created_at >= $6)
-      AND ($7::timestamptz IS NULL OR created_at < $7)
-      AND ($8::text IS NULL OR EXISTS (SELECT FROM webhook_failures AS f
-                                       WHERE f.event_id = webhook_events.event_id AND f.fingerprint = $8))
-      AND (created_at, seq) > ($9, $10::bigint)
-    ORDER BY created_at, seq LIMIT $11
+      AND ($6::text IS NULL OR context = $6 AND context <> '')
+      AND ($7::boolean IS NULL OR livemode = $7)
+      AND ($8::timestamptz IS NULL OR created_at >= $8)
+      AND ($9::timestamptz IS NULL OR created_at < $9)
+      AND ($10::text IS NULL OR EXISTS (SELECT FROM webhook_failures AS f
+                                        WHERE f.event_id = webhook_events.event_id AND f.fingerprint = $10))
+      AND (created_at, seq) > ($11, $12::bigint)
+    ORDER BY created_at, seq LIMIT $13
     FOR UPDATE
 ), again AS (
     UPDATE webhook_events AS e
@@ -306,7 +312,8 @@ SELECT (SELECT coalesce(sum(received - processed - failed), 0) FROM webhook_coun
         FROM webhook_events WHERE next_try_at IS NOT NULL)::float8 AS oldest_due_seconds,
        (SELECT count(*) FROM (SELECT FROM webhook_events WHERE failed_at IS NOT NULL AND next_try_at IS NULL
                               LIMIT 100000) AS dead)::bigint AS dead,
-       coalesce((SELECT missed FROM webhook_reconciliation), 0)::bigint AS missed;
+       coalesce((SELECT sum(greatest(missed, found)) FROM webhook_reconciliation
+                 WHERE heard_at > now() - interval '1 day'), 0)::bigint AS missed;
 
 -- name: fold
 SELECT webhook_fold_counts();

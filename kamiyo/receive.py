@@ -18,11 +18,11 @@ import asyncpg
 from kamiyo import handlers, inbox, mirror, projections, signature, telemetry, tracing
 from kamiyo.database import DATABASE_ERRORS, Connection, Pool
 from kamiyo.errors import DatabaseUnavailable, Overloaded, SecretMissing, Unavailable
-from kamiyo.event import Event, parse
+from kamiyo.event import Event, filed, parse
 from kamiyo.handlers import Registry
 from kamiyo.inbox import Arrival, Outcome, Status, Stored
 from kamiyo.projections import Place, Row
-from kamiyo.settings import Settings
+from kamiyo.settings import WEBHOOK, Settings
 from kamiyo.telemetry import happened, happened_to_each
 
 #: Events in one commit, at most: enough to spread its cost thin, few enough to keep a commit short.
@@ -52,6 +52,7 @@ class Receipt:
 @dataclass(frozen=True, slots=True)
 class _Waiting:
     event: Event
+    source: str
     answer: "asyncio.Future[Message]"
 
 
@@ -70,6 +71,8 @@ class Receiver:
         self._registry = registry
         self._mirrored = settings.mirrored
         self._secrets = settings.webhook_secrets
+        self._signers = settings.signing_secrets
+        self._own_account = settings.stripe_account_id
         self._tolerance = settings.signature_tolerance
         self._most_waiting = settings.max_waiting
         self._commit_timeout = settings.commit_timeout
@@ -93,17 +96,32 @@ class Receiver:
         Unavailable; after any of them nothing is promised, and after the first two nothing was written.
         """
         now = time.time()
-        signature.verify(body, header, self._secrets, now, self._tolerance)
-        event = parse(body, received=now)
-        if self._traces is not None:
-            return Receipt(event.id, event.type, await self._store_traced(self._traces, event, now, caller))
-        return Receipt(event.id, event.type, await self.store(event))
+        signer = self._signers[signature.verify(body, header, self._secrets, now, self._tolerance)]
+        event = filed(parse(body, received=now), own=self._own_account, otherwise=signer.account)
+        return await self._accept(event, signer.source, now, caller)
 
-    async def _store_traced(self, traces: tracing.Traces, event: Event, began: float, caller: bytes | None) -> Message:
+    async def receive_vouched(self, body: bytes, *, source: str, caller: bytes | None = None) -> Receipt:
+        """Store an event that another road vouches for, and return once it is committed.
+
+        Raises PayloadError or Unavailable, as `receive` does.
+        """
+        now = time.time()
+        return await self._accept(filed(parse(body, received=now), own=self._own_account), source, now, caller)
+
+    async def _accept(self, event: Event, source: str, began: float, caller: bytes | None) -> Receipt:
+        if self._traces is not None:
+            message = await self._store_traced(self._traces, event, source, began, caller)
+        else:
+            message = await self.store(event, source=source)
+        return Receipt(event.id, event.type, message)
+
+    async def _store_traced(
+        self, traces: tracing.Traces, event: Event, source: str, began: float, caller: bytes | None
+    ) -> Message:
         message: Message | None = None
         error = "cancelled"
         try:
-            message = await self.store(event)
+            message = await self.store(event, source=source)
             return message
         except Unavailable as refusal:
             error = type(refusal).__name__
@@ -119,13 +137,13 @@ class Receiver:
                 caller=caller.decode("latin-1") if caller else None,
             )
 
-    async def store(self, event: Event) -> Message:
+    async def store(self, event: Event, *, source: str = WEBHOOK) -> Message:
         """Join the next group commit. Raises Overloaded, or DatabaseUnavailable when the commit cannot be had."""
         size = len(event.body)
         if self._closing or len(self._waiting) >= self._most_waiting or self._bytes_waiting + size > MOST_BYTES_WAITING:
             raise Overloaded
         answer = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Waiting(event, answer))
+        self._waiting.append(_Waiting(event, source, answer))
         self._bytes_waiting += size
         self._wake.set()
         try:
@@ -183,6 +201,11 @@ class Receiver:
 
     def _take(self) -> list[_Waiting]:
         group, self._waiting = self._waiting[:MOST_PER_COMMIT], self._waiting[MOST_PER_COMMIT:]
+        if group and any(waiting.source != group[0].source for waiting in group):
+            # One commit for each source that is busy at the moment: its name is a parameter of the whole statement.
+            others = [waiting for waiting in group if waiting.source != group[0].source]
+            group = [waiting for waiting in group if waiting.source == group[0].source]
+            self._waiting = others + self._waiting
         self._bytes_waiting -= sum(len(waiting.event.body) for waiting in group)
         return group
 
@@ -192,7 +215,7 @@ class Receiver:
         for waiting in group:
             first.setdefault(waiting.event.id, waiting)
         began = time.perf_counter()
-        stored = await self._put(db, [waiting.event for waiting in first.values()], began)
+        stored = await self._put(db, [waiting.event for waiting in first.values()], group[0].source, began)
         took = time.perf_counter() - began
         self._cost = took / len(first)
         for waiting in group:
@@ -215,24 +238,24 @@ class Receiver:
                         processed=event_id not in stored.left,
                     )
 
-    async def _put(self, db: Connection, events: Sequence[Event], began: float) -> Stored:
+    async def _put(self, db: Connection, events: Sequence[Event], source: str, began: float) -> Stored:
         async with asyncio.timeout(self._commit_timeout):
             try:
-                return await self._project(db, events, began)
+                return await self._project(db, events, source, began)
             except asyncpg.CheckViolationError:
                 # No table for today's bodies yet: this server slept through the maintenance that makes them.
                 await inbox.ensure_partitions(db)
-                return await self._project(db, events, began)
+                return await self._project(db, events, source, began)
 
-    async def _project(self, db: Connection, events: Sequence[Event], began: float) -> Stored:
+    async def _project(self, db: Connection, events: Sequence[Event], source: str, began: float) -> Stored:
         arrivals, rows = ready_to_project(events, self._registry, self._mirrored)
         # Of an event projected on arrival, its share of the last commit is the best that can be known in this one.
         cost = self._cost + (time.perf_counter() - began) / len(events)
         try:
-            return await inbox.put_projected(db, arrivals, rows, microseconds=int(cost * 1e6))
+            return await inbox.put_projected(db, arrivals, rows, microseconds=int(cost * 1e6), source=source)
         except asyncpg.DataError:
             # A value that PostgreSQL's types do not take. Stored first; the workers find out whose it is.
-            known = await inbox.put(db, events)
+            known = await inbox.put(db, events, source=source)
             return Stored(known, {event.id for event in events} - known.keys())
 
     def _refuse(self, group: Sequence[_Waiting], error: BaseException) -> None:

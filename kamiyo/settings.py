@@ -5,8 +5,13 @@ sentence that names the variable and says what it takes. `.env.example` is gener
 `python -m kamiyo.settings > .env.example`.
 """
 
+import dataclasses
+import json
+import re
 import sys
 import textwrap
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,6 +38,43 @@ class LogFormat(StrEnum):
     console = "console"
 
 
+#: The source of an event whose signing secret has no name of its own.
+WEBHOOK = "webhook"
+
+# Words that say of an event by which other road it came; an endpoint of that name could not be told from it.
+_OTHER_ROADS = frozenset(
+    {WEBHOOK, "reconcile", "eventbridge", "eventgrid", "simulator", "backfill", "audit", "shadow", "replay"}
+)
+_SOURCE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
+_ACCOUNT = re.compile(r"acct_[A-Za-z0-9_]{1,200}")
+
+
+@dataclass(frozen=True, slots=True)
+class SigningSecret:
+    """What an endpoint's deliveries are signed with, and the name that their events are stored under."""
+
+    source: str
+    secret: str = dataclasses.field(repr=False)
+
+    @property
+    def account(self) -> str:
+        """The account whose endpoint it is, where the name says so; empty otherwise."""
+        return self.source if self.source.startswith("acct_") else ""
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """A key of Stripe's API: the account that it belongs to (empty: one's own), and its mode."""
+
+    account: str
+    key: str = dataclasses.field(repr=False)
+
+    @property
+    def livemode(self) -> bool:
+        """Whether it is a key of live mode."""
+        return "_live_" in self.key
+
+
 def _setting(name: str, default: Any, description: str, **bounds: Any) -> Any:
     return Field(default=default, validation_alias=name, description=description, **bounds)
 
@@ -50,12 +92,19 @@ class Settings(BaseSettings):
         "Signing secret of the Stripe endpoint (whsec_…). Several, separated by commas, are all accepted: "
         "rotation, live and test, platform and Connect. Without one every delivery is answered 503.",
     )
+    stripe_webhook_secrets: SecretStr = _setting(
+        "STRIPE_WEBHOOK_SECRETS",
+        SecretStr(""),
+        "Signing secrets by the name of their endpoint, beside or instead of STRIPE_WEBHOOK_SECRET, as JSON: "
+        '{"platform": "whsec_…", "connect": ["whsec_…", "whsec_…"]}. The name is stored with each event as its source. '
+        "A name that is an account's id (acct_…) files events that name no account under that account.",
+    )
     shadow_webhook_secret: SecretStr = _setting(
         "STRIPE_SHADOW_WEBHOOK_SECRET",
         SecretStr(""),
         "Signing secret of a twin endpoint (…/stripe?shadow=1) on an API version that is to be tried: what it delivers "
-        "is only compared, see `kamiyo upgrade-report`. Never one of STRIPE_WEBHOOK_SECRET: so neither endpoint's "
-        "events can come in by the other's door.",
+        "is only compared, see `kamiyo upgrade-report`. Never one of STRIPE_WEBHOOK_SECRET or STRIPE_WEBHOOK_SECRETS: "
+        "so neither endpoint's events can come in by the other's door.",
     )
     admin_api_key: SecretStr = _setting(
         "ADMIN_API_KEY",
@@ -64,7 +113,23 @@ class Settings(BaseSettings):
         "Make one with: openssl rand -hex 32",
     )
     stripe_secret_key: SecretStr = _setting(
-        "STRIPE_SECRET_KEY", SecretStr(""), "Stripe API key (sk_… or rk_…). Receiving works without it."
+        "STRIPE_SECRET_KEY",
+        SecretStr(""),
+        "Stripe API key (sk_… or rk_…). Receiving works without it. Two, separated by a comma, for live and test mode. "
+        "Connected accounts are read with it too.",
+    )
+    stripe_secret_keys: SecretStr = _setting(
+        "STRIPE_SECRET_KEYS",
+        SecretStr(""),
+        "API keys of accounts that STRIPE_SECRET_KEY cannot read (members of an organisation, other accounts of one's "
+        'own), as JSON: {"acct_…": "rk_live_…", "acct_…": ["rk_live_…", "rk_test_…"]}.',
+    )
+    stripe_account_id: str = _setting(
+        "STRIPE_ACCOUNT_ID",
+        "",
+        "The id (acct_…) of one's own account. Events that name it are filed like those that name none. Needed only "
+        "where an organisation's endpoint delivers one's own events as well.",
+        pattern=r"^(acct_[A-Za-z0-9_]{1,200})?$",
     )
     stripe_api_base: str = _setting(
         "STRIPE_API_BASE", "https://api.stripe.com", "Where Stripe's API is; another address only for tests."
@@ -83,6 +148,17 @@ class Settings(BaseSettings):
         "KAMIYO_RECONCILE",
         True,
         "Compare with Stripe's own list of events every 15 minutes, one process of many. Needs STRIPE_SECRET_KEY.",
+    )
+    eventbridge_key: SecretStr = _setting(
+        "KAMIYO_EVENTBRIDGE_KEY",
+        SecretStr(""),
+        "Key that Amazon EventBridge sends in the header X-Api-Key. Several, separated by commas, are all accepted: "
+        "rotation. Without one the call answers 503. Make one with: openssl rand -hex 32",
+    )
+    eventgrid_key: SecretStr = _setting(
+        "KAMIYO_EVENTGRID_KEY",
+        SecretStr(""),
+        "The same for Azure Event Grid, also in the header X-Api-Key.",
     )
     stripe_publishable_key: str = _setting(
         "STRIPE_PUBLISHABLE_KEY", "", "Stripe publishable key (pk_…). Not used here; kept beside the others."
@@ -251,18 +327,78 @@ class Settings(BaseSettings):
             raise ValueError("must be a PostgreSQL address: postgresql://user:password@host:5432/name")
         return value
 
-    @field_validator("shadow_webhook_secret")
+    @field_validator("stripe_webhook_secrets")
     @classmethod
-    def _is_another(cls, value: SecretStr, info: ValidationInfo) -> SecretStr:
-        real = info.data.get("stripe_webhook_secret")
-        if real is not None and set(_listed(value)) & set(_listed(real)):
-            raise ValueError("must be another than those of STRIPE_WEBHOOK_SECRET")
+    def _are_secrets_by_source(cls, value: SecretStr) -> SecretStr:
+        named: dict[str, str] = {}
+        for source, secret in _by_name(value, '{"platform": "whsec_…", "connect": ["whsec_…", "whsec_…"]}'):
+            if not _SOURCE_NAME.fullmatch(source):
+                raise ValueError("a name is letters, digits, - and _, up to 64 of them, and begins with a letter")
+            if source in _OTHER_ROADS:
+                raise ValueError(
+                    f"an endpoint cannot be called {source}: that is how events of another road are stored"
+                )
+            if named.setdefault(secret, source) != source:
+                raise ValueError(f"{named[secret]} and {source} have the same secret; each endpoint has one of its own")
+        return value
+
+    @field_validator("stripe_secret_key")
+    @classmethod
+    def _are_keys(cls, value: SecretStr) -> SecretStr:
+        _one_for_each_mode(ApiKey("", key) for key in _listed(value))
+        return value
+
+    @field_validator("stripe_secret_keys")
+    @classmethod
+    def _are_keys_by_account(cls, value: SecretStr) -> SecretStr:
+        keys = [ApiKey(*pair) for pair in _by_name(value, '{"acct_…": "rk_live_…"}')]
+        if not all(_ACCOUNT.fullmatch(key.account) for key in keys):
+            raise ValueError("each name must be an account's id, acct_…")
+        _one_for_each_mode(keys)
         return value
 
     @property
+    def signing_secrets(self) -> tuple[SigningSecret, ...]:
+        """The signing secrets, those with a name first."""
+        named = [SigningSecret(*pair) for pair in _by_name(self.stripe_webhook_secrets)]
+        plain = [SigningSecret(WEBHOOK, secret) for secret in _listed(self.stripe_webhook_secret)]
+        known = {secret.secret for secret in named}
+        return (*named, *(secret for secret in plain if secret.secret not in known))
+
+    @property
     def webhook_secrets(self) -> tuple[str, ...]:
-        """The signing secrets, in the order given."""
-        return _listed(self.stripe_webhook_secret)
+        """What deliveries may be signed with, in the order of `signing_secrets`."""
+        return tuple(secret.secret for secret in self.signing_secrets)
+
+    @property
+    def api_keys(self) -> tuple[ApiKey, ...]:
+        """The keys of Stripe's API, those of one's own account first."""
+        own = [ApiKey("", key) for key in _listed(self.stripe_secret_key)]
+        return (*own, *(ApiKey(*pair) for pair in _by_name(self.stripe_secret_keys)))
+
+    @property
+    def eventbridge_keys(self) -> tuple[str, ...]:
+        """Keys that Amazon EventBridge may show."""
+        return _listed(self.eventbridge_key)
+
+    @property
+    def eventgrid_keys(self) -> tuple[str, ...]:
+        """Keys that Azure Event Grid may show."""
+        return _listed(self.eventgrid_key)
+
+    @property
+    def any_door_open(self) -> bool:
+        """Whether events can come in by any road at all."""
+        return bool(self.signing_secrets or self.eventbridge_keys or self.eventgrid_keys)
+
+    @field_validator("shadow_webhook_secret")
+    @classmethod
+    def _is_another(cls, value: SecretStr, info: ValidationInfo) -> SecretStr:
+        plain, named = info.data.get("stripe_webhook_secret"), info.data.get("stripe_webhook_secrets")
+        real = {*(_listed(plain) if plain else ()), *(secret for _, secret in _by_name(named or SecretStr("")))}
+        if set(_listed(value)) & real:
+            raise ValueError("must be another than those of STRIPE_WEBHOOK_SECRET and STRIPE_WEBHOOK_SECRETS")
+        return value
 
     @property
     def shadow_secrets(self) -> tuple[str, ...]:
@@ -292,8 +428,37 @@ class Settings(BaseSettings):
         return self.environment is Environment.development
 
 
-def _listed(secrets: SecretStr) -> tuple[str, ...]:
-    return tuple(part.strip() for part in secrets.get_secret_value().split(",") if part.strip())
+def _listed(value: SecretStr) -> tuple[str, ...]:
+    return tuple(part.strip() for part in value.get_secret_value().split(",") if part.strip())
+
+
+def _by_name(value: SecretStr, example: str = "") -> Iterator[tuple[str, str]]:
+    """Pairs of a JSON object whose values are texts or lists of texts. Raises ValueError with a sentence."""
+    text = value.get_secret_value().strip()
+    if not text:
+        return
+    try:
+        pairs: Any = json.loads(text, object_pairs_hook=lambda pairs: pairs)
+    except (ValueError, RecursionError):
+        # What the parser says quotes nothing, but the text itself would be shown as the error's cause.
+        pairs = None
+    if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
+        raise ValueError(f"must be a JSON object on one line, without quotation marks around it: {example}") from None
+    if len({name for name, _ in pairs}) < len(pairs):
+        raise ValueError("says one name twice; give it a list")
+    for name, given in pairs:
+        values = given if isinstance(given, list) and given else [given]
+        if not all(isinstance(one, str) and one.strip() for one in values):
+            raise ValueError(f"each name takes one text or a list of them: {example}")
+        yield from ((name, one.strip()) for one in values)
+
+
+def _one_for_each_mode(keys: Iterable[ApiKey]) -> None:
+    seen: set[tuple[str, bool]] = set()
+    for key in keys:
+        if (key.account, key.livemode) in seen:
+            raise ValueError("has two keys of one mode for one account; give one of live mode and one of test mode")
+        seen.add((key.account, key.livemode))
 
 
 _Overrides = Annotated[Any, "values by environment variable name; they win over everything"]

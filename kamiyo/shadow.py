@@ -17,7 +17,7 @@ import asyncpg
 from kamiyo import signature
 from kamiyo.database import DATABASE_ERRORS, Connection, Pool, load_queries
 from kamiyo.errors import DatabaseUnavailable, Overloaded, PayloadError, SecretMissing
-from kamiyo.event import Event, parse
+from kamiyo.event import Event, filed, parse
 from kamiyo.settings import Settings
 from kamiyo.telemetry import happened
 
@@ -60,6 +60,7 @@ class ShadowReceiver:
     def __init__(self, pool: Pool, settings: Settings) -> None:
         self._pool = pool
         self._secrets = settings.shadow_secrets
+        self._own_account = settings.stripe_account_id
         self._tolerance = settings.signature_tolerance
         self._most_waiting = settings.max_waiting
         self._commit_timeout = settings.commit_timeout
@@ -79,7 +80,8 @@ class ShadowReceiver:
         """
         now = time.time()
         signature.verify(body, header, self._secrets, now, self._tolerance)
-        event = parse(body, received=now)
+        # As the real event is filed, or nothing would be its twin.
+        event = filed(parse(body, received=now), own=self._own_account)
         is_new = await self._store(event)
         message = "Shadow event received" if is_new else "Shadow event already received"
         return ShadowReceipt(event.id, event.type, message)

@@ -45,22 +45,27 @@ WHERE stripe_created > $1 AND stripe_created <= (SELECT max(stripe_created) FROM
 ORDER BY stripe_created, event_id;
 
 -- name: candidates
--- The real events that may be the twins of these: of the same object, type and second, or of no object at all.
+-- The real events that may be the twins of these: of the same object, type and second, or of no object at all; in the
+-- same account and mode.
 -- The keys that are asked for must differ.
 SELECT e.event_id, e.event_type, extract(epoch FROM e.stripe_created)::bigint AS stripe_created, e.livemode, e.account,
        e.context, e.api_version, e.object_type, e.object_id, e.customer, e.created_at,
        (SELECT p.body FROM webhook_payloads AS p WHERE p.seq = e.seq AND p.created_at = e.created_at) AS body
 FROM (
-    SELECT r.* FROM unnest($1::text[], $2::bigint[], $3::text[]) AS t (object_id, second, event_type)
+    SELECT r.* FROM unnest($1::text[], $2::bigint[], $3::text[], $4::text[], $5::boolean[])
+        AS t (object_id, second, event_type, account, livemode)
     JOIN webhook_events AS r
       ON r.object_id = t.object_id AND r.stripe_created = to_timestamp(t.second) AND r.event_type = t.event_type
+     AND r.account = t.account AND r.livemode = t.livemode
     WHERE NOT r.thin
     UNION ALL
-    SELECT r.* FROM unnest($1::text[], $2::bigint[], $3::text[]) AS t (object_id, second, event_type)
+    SELECT r.* FROM unnest($1::text[], $2::bigint[], $3::text[], $4::text[], $5::boolean[])
+        AS t (object_id, second, event_type, account, livemode)
     -- Without an object only the type leads to it, and since when to look: Stripe tries to deliver for three days.
     JOIN webhook_events AS r
       ON r.event_type = t.event_type AND r.stripe_created = to_timestamp(t.second)
-     AND r.created_at >= $4::timestamptz - interval '4 days'
+     AND r.account = t.account AND r.livemode = t.livemode
+     AND r.created_at >= $6::timestamptz - interval '4 days'
     WHERE t.object_id IS NULL AND r.object_id IS NULL AND NOT r.thin
 ) AS e
 ORDER BY e.stripe_created, e.event_id;

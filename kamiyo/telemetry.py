@@ -117,7 +117,9 @@ _LEVELS: dict[str, int] = {
     "migrated": _INFO,
     "maintenance_failed": _WARNING,
     # asking Stripe
+    "reconciling": _INFO,
     "reconciled": _INFO,
+    "reconcile_refused": _INFO,
     "reconcile_failed": _WARNING,
     "backfilled": _INFO,
     "object_unreadable": _WARNING,
@@ -241,7 +243,7 @@ _GAUGES = {
     "webhook_backlog_events": ("backlog", "Events waiting or in work."),
     "webhook_oldest_due_seconds": ("oldest_due_seconds", "How long the oldest due event has waited."),
     "webhook_dead_events": ("dead", "Events that are dead: each needs a person."),
-    "webhook_missed_events": ("missed", "Events Stripe had and we did not, in the last comparison with its list."),
+    "webhook_missed_events": ("missed", "Events Stripe had and we did not, in the last comparison with its lists."),
     "webhook_database_up": ("database_up", "1 while the database answers."),
 }
 

@@ -32,6 +32,8 @@ from kamiyo.errors import SettingsError
 from kamiyo.settings import Settings
 from kamiyo.telemetry import happened
 
+_NOT_INSTALLED = "KAMIYO_TRACES is on, but OpenTelemetry is not installed: pip install 'kamiyo-webhooks[otel]'"
+
 
 def trace_id_of(event_id: str) -> str:
     """The id of an event's trace, as trace viewers write it: 32 hexadecimal digits."""
@@ -59,9 +61,7 @@ def start(settings: Settings) -> "Traces | None":
         sdk = import_module("opentelemetry.sdk.trace")
         otlp = import_module("opentelemetry.exporter.otlp.proto.http.trace_exporter")
     except ImportError:
-        raise SettingsError(
-            "KAMIYO_TRACES is on, but OpenTelemetry is not installed: pip install 'kamiyo-webhooks[otel]'"
-        ) from None
+        raise SettingsError(_NOT_INSTALLED) from None
     provider = api.get_tracer_provider()
     if isinstance(provider, api.ProxyTracerProvider):
         provider = _provider(sdk, otlp)
@@ -70,10 +70,32 @@ def start(settings: Settings) -> "Traces | None":
     return Traces(api, provider)
 
 
-def _provider(sdk: Any, otlp: Any) -> Any:
+def collector_answers() -> bool:
+    """Whether the collector takes an export without spans within three seconds. Blocks meanwhile.
+
+    Raises SettingsError when OpenTelemetry is not installed.
+    """
+    try:
+        otlp = import_module("opentelemetry.exporter.otlp.proto.http.trace_exporter")
+        export = import_module("opentelemetry.sdk.trace.export")
+    except ImportError:
+        raise SettingsError(_NOT_INSTALLED) from None
+    _read_variables()
+    telemetry.silence("opentelemetry.exporter.otlp")
+    try:
+        return bool(otlp.OTLPSpanExporter(timeout=3).export([]) is export.SpanExportResult.SUCCESS)
+    except Exception:
+        return False
+
+
+def _read_variables() -> None:
     for name, value in dotenv_values(".env").items():
         if name.startswith("OTEL_") and value is not None:
             os.environ.setdefault(name, value)
+
+
+def _provider(sdk: Any, otlp: Any) -> Any:
+    _read_variables()
     resource = import_module("opentelemetry.sdk.resources").Resource.create()
     named = resource.attributes["service.name"]
     about = {"service.version": __version__}

@@ -157,7 +157,8 @@ async def report(
 
 
 async def _candidates(db: Connection, twins: Sequence[_Told], since: datetime) -> list[_Told]:
-    keys = list(dict.fromkeys((one.event.object_id, one.event.created, one.event.type) for one in twins))
+    events = (one.event for one in twins)
+    keys = list(dict.fromkeys((e.object_id, e.created, e.type, e.account, e.livemode) for e in events))
     rows = await db.fetch(_SQL["candidates"], *map(list, zip(*keys, strict=True)), since)
     rows += await db.fetch(_SQL["same_id"], [one.event.id for one in twins])
     return [_told(row) for row in {row["event_id"]: row for row in rows}.values()]

@@ -46,6 +46,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 SECRET = "whsec_test"
 ADMIN_KEY = "admin_key_of_the_tests"
+#: What EventBridge and Event Grid show to a server of the tests.
+ROAD_KEY = "key of the other roads"
 ADMIN = {"X-Admin-Key": ADMIN_KEY}
 PREFIX = "/api/v1/webhooks"
 
@@ -427,6 +429,8 @@ def serving(
         **{name: value for name, value in os.environ.items() if not name.startswith(("KAMIYO_", "PROMETHEUS_"))},
         "STRIPE_WEBHOOK_SECRET": SECRET,
         "ADMIN_API_KEY": ADMIN_KEY,
+        "KAMIYO_EVENTBRIDGE_KEY": ROAD_KEY,
+        "KAMIYO_EVENTGRID_KEY": ROAD_KEY,
         "DATABASE_URL": url,
         "KAMIYO_FIRST_RETRY_DELAY": "0.01",
         "KAMIYO_SHUTDOWN_GRACE": "5",

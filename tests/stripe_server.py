@@ -39,9 +39,17 @@ class StripeServer:
     Every answer takes `slow` seconds. What begins with a path in `forbidden` is answered 403. Stripe's clock (`Date`)
     is `ahead` seconds before this machine's. `asked` are the queries, `paths` the paths, `asked_at` the moments (of
     time.monotonic) of all requests so far, and `accounts` whose the requests were about.
+
+    `keys` are the keys there are, each with the account that it opens ('' is the platform). `events_of` are the events
+    of an account in a mode, where they are others than `events`; where there are any, the platform may read the
+    accounts named in it or in an object, and no others. With `pages` each page of events waits for one of its permits.
     """
 
     events: list[dict[str, Any]] = field(default_factory=list)
+    events_of: dict[tuple[str, bool], list[dict[str, Any]]] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=lambda: {KEY: ""})
+    pages: asyncio.Semaphore | None = None
+    over: asyncio.Event = field(default_factory=asyncio.Event)
     endpoints: list[dict[str, Any]] = field(default_factory=list)
     objects: dict[tuple[str, str, str], dict[str, Any]] = field(default_factory=dict)
     faults: list[int] = field(default_factory=list)
@@ -69,12 +77,18 @@ class StripeServer:
     async def list_events(self, request: Request) -> Response:
         """`GET /v1/events`, newest first, with `created[gte]`, `created[lte]`, `limit` and `starting_after`."""
         query = request.query_params
+        await self._turn()
+        whose, live = self._whose(request), "_live_" in request.headers["authorization"]
         within = [
             event
-            for event in self.events
-            if int(query["created[gte]"]) <= event["created"] <= int(query["created[lte]"])
+            for event in self.events_of.get((whose, live), self.events)
+            if int(query.get("created[gte]", 0)) <= event["created"] <= int(query.get("created[lte]", 2**40))
         ]
         return self._page(request, within)
+
+    async def read_account(self, request: Request) -> Response:
+        """`GET /v1/account`: whose the key is."""
+        return JSONResponse({"id": self._whose(request) or "acct_platform", "object": "account"})
 
     async def list_endpoints(self, request: Request) -> Response:
         """`GET /v1/webhook_endpoints`, with `limit` and `starting_after`."""
@@ -91,7 +105,7 @@ class StripeServer:
     async def list_payment_methods(self, request: Request) -> Response:
         """`GET /v1/customers/{id}/payment_methods`; 404 for a customer that is not there any more."""
         customer = request.path_params["id"]
-        if self.objects.get((_account(request), "customer", customer), {"deleted": True}).get("deleted"):
+        if self.objects.get((self._whose(request), "customer", customer), {"deleted": True}).get("deleted"):
             return _missing()
         listed = self._listed(request, "payment_method")
         return self._page(request, [one for one in listed if one["customer"] == customer])
@@ -102,7 +116,7 @@ class StripeServer:
         found = [
             one
             for (account, kind, _), one in reversed(self.objects.items())
-            if (account, kind) == (_account(request), object_type)
+            if (account, kind) == (self._whose(request), object_type)
             and not one.get("deleted")
             and (object_type != "subscription" or query.get("status") == "all" or one.get("status") != "canceled")
             and all(one.get(name) == query[name] for name in ("customer", "type") if name in query)
@@ -114,7 +128,7 @@ class StripeServer:
         """`GET /v1/customers/{id}` and the like; anything else that was shown as well, by its plural."""
         collection = request.path_params["collection"]
         object_type = _COLLECTIONS.get(collection, collection.removesuffix("s"))
-        one = self.objects.get((_account(request), object_type, request.path_params["id"]))
+        one = self.objects.get((self._whose(request), object_type, request.path_params["id"]))
         return JSONResponse(one) if one is not None else _missing()
 
     async def nothing(self, request: Request) -> Response:
@@ -137,10 +151,13 @@ class StripeServer:
         return said
 
     def _refusal(self, request: Request) -> Response | None:
-        if request.headers.get("authorization") != f"Bearer {KEY}":
+        if request.headers.get("authorization", "").removeprefix("Bearer ") not in self.keys:
             return _error(401, "invalid_request_error", f"Invalid key {KEY}")
         if request.url.path.startswith(tuple(self.forbidden)):
             return _error(403, "invalid_request_error", f"The key {KEY} may not do that")
+        account, known = _account(request), {account for account, *_ in (*self.events_of, *self.objects)}
+        if account and self.events_of and account not in known:
+            return _error(403, "invalid_request_error", "The key may not read that account", code="account_invalid")
         if self.faults:
             status = self.faults.pop(0)
             if status == HANGS:
@@ -150,6 +167,18 @@ class StripeServer:
                 said.headers["Retry-After"] = self.retry_after
             return said
         return None
+
+    async def _turn(self) -> None:
+        if self.pages is not None:
+            # Whoever asked may be dead by now; the server's end must not wait for a permit that nobody gives.
+            waits = {asyncio.create_task(self.pages.acquire()), asyncio.create_task(self.over.wait())}
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            for wait in waits:
+                wait.cancel()
+
+    def _whose(self, request: Request) -> str:
+        key = request.headers["authorization"].removeprefix("Bearer ")
+        return request.headers.get("stripe-account") or self.keys[key]
 
     @staticmethod
     def _page(request: Request, objects: list[dict[str, Any]]) -> Response:
@@ -201,6 +230,7 @@ async def stripe_server() -> AsyncIterator[StripeServer]:
         routes=[
             _route(stripe, "/v1/events", stripe.list_events),
             _route(stripe, "/v1/webhook_endpoints", stripe.list_endpoints),
+            _route(stripe, "/v1/account", stripe.read_account),
             _route(stripe, "/v1/{collection}", stripe.list_objects),
             _route(stripe, "/v1/customers/{id}/payment_methods", stripe.list_payment_methods),
             _route(stripe, "/{version:str}/{collection}/{id}", stripe.read_object),
@@ -216,5 +246,6 @@ async def stripe_server() -> AsyncIterator[StripeServer]:
     try:
         yield stripe
     finally:
+        stripe.over.set()
         server.should_exit = True
         await running

@@ -187,8 +187,8 @@ _WRONG = {
         "UPDATE webhook_events SET status = 'processed', outcome = 'handled', failed_at = NULL, next_try_at = NULL",
     ),
     "Stripe had events that never arrived": (
-        "UPDATE webhook_reconciliation SET missed = 7, finished_at = now()",
-        "UPDATE webhook_reconciliation SET missed = 0, finished_at = now()",
+        "INSERT INTO webhook_reconciliation (run, missed, finished_at, heard_at) VALUES (1, 7, now(), now())",
+        "UPDATE webhook_reconciliation SET missed = 0, finished_at = now(), heard_at = now()",
     ),
     "No events come any more": (
         """DELETE FROM webhook_events; DELETE FROM webhook_count_changes;

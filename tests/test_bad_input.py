@@ -28,6 +28,7 @@ from kamiyo.web import create_app
 from tests.conftest import (
     ADMIN,
     PREFIX,
+    ROAD_KEY,
     ROOT,
     SECRET,
     NewDatabase,
@@ -78,6 +79,7 @@ def test_every_documented_call_keeps_to_its_document_whatever_is_asked(
     served, _ = fuzzed
     # An id that the case itself made up for the header would only be told that it is wrong.
     case.headers["X-Admin-Key"] = ADMIN["X-Admin-Key"]
+    case.headers["X-Api-Key"] = ROAD_KEY
     answer = case.call(base_url=served.url, timeout=20)
     # Data that fits the schema is refused all the same where nothing proves that it is Stripe's.
     case.validate_response(answer, excluded_checks=[positive_data_acceptance])

@@ -1232,6 +1232,18 @@ async def test_those_that_fail_again_are_counted_as_such(
     assert text is not None and "Those that failed again have new tries of their own" in text
 
 
+async def test_of_a_replay_of_very_many_the_first_are_followed_and_the_page_says_so(
+    quiet_desk: httpx.AsyncClient, db: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(5):
+        await put_dead(db)
+    number = await queries.begin_replay(db, "abc", 5)
+    assert "0 of 5" in words(await page(quiet_desk, f"/replays/{number}"))
+    monkeypatch.setattr(queries, "MOST_FOLLOWED", 3)
+    shown = words(await page(quiet_desk, f"/replays/{number}"))
+    assert "0 of the first 3" in shown and "So many that only the first 3 are followed here" in shown
+
+
 async def test_a_replay_whose_server_is_gone_says_so_and_offers_the_rest(
     quiet_desk: httpx.AsyncClient, db: Connection
 ) -> None:
@@ -1356,19 +1368,48 @@ async def test_a_time_line_of_many_events_has_pages(quiet_desk: httpx.AsyncClien
         text = (await quiet_desk.get(address)).text
         seen += re.findall(r'<a class="type" href="/dashboard/events/(evt_\d+)"', text)
         found = re.search(r'rel="next" href="([^"]+)"', text)
-        address = found[1] if found else None
+        address = html.unescape(found[1]) if found else None
     assert seen == ids
 
 
-async def test_one_id_in_two_modes_is_two_rows_on_one_page(quiet_desk: httpx.AsyncClient, db: Connection) -> None:
-    for livemode in (True, False):
+async def test_one_id_in_several_accounts_and_modes_is_as_many_customers_and_none_shows_anything_of_another(
+    quiet_desk: httpx.AsyncClient, db: Connection
+) -> None:
+    everyone = {("", True): "Live Ada", ("", False): "Test Ada", ("acct_1", True): "Bela of acct_1"}
+    for (account, livemode), name in everyone.items():
+        mine = (account, livemode, name.replace(" ", "_"))
         await db.execute(
-            "INSERT INTO billing.customers (id, livemode, name, last_webhook_event_id, last_event_rank) "
-            "VALUES ('cus_1', $1, $2, 'evt_1', 1)",
-            *(livemode, "Live Ada" if livemode else "Test Ada"),
+            "INSERT INTO billing.customers (id, account, livemode, name, last_webhook_event_id, last_event_rank) "
+            "VALUES ('cus_1', $1, $2, $3, 'evt_1', 1)",
+            *(account, livemode, name),
         )
-    said = words(await page(quiet_desk, "/customers/cus_1"))
-    assert "Live mode" in said and "Test mode" in said
+        for table in ("subscriptions", "invoices", "payment_methods"):
+            await db.execute(
+                f"INSERT INTO billing.{table} "  # noqa: S608 - names of ours
+                "(id, account, livemode, customer, last_webhook_event_id, last_event_rank) "
+                "VALUES ($3 || '_thing', $1, $2, 'cus_1', 'evt_1', 1)",
+                *mine,
+            )
+        await db.execute(
+            "INSERT INTO webhook_events (event_id, event_type, stripe_created, lane, account, livemode, customer, "
+            "next_try_at) VALUES ($3 || '_event', 'customer.updated', now(), 1, $1, $2, 'cus_1', now())",
+            *mine,
+        )
+    for (account, livemode), name in everyone.items():
+        query = f"?account={account or 'own'}&mode={'live' if livemode else 'test'}"
+        text = await page(quiet_desk, f"/customers/cus_1{query}")
+        shown = {other for other in everyone.values() if other in text or other.replace(" ", "_") in text}
+        assert shown == {name}
+        assert text.count(name.replace(" ", "_") + "_thing") >= 3 and f"{name.replace(' ', '_')}_event" in text
+        # The others are named as what they are, and the list of their events is theirs alone.
+        assert len(links(text, f"{BASE}/customers/cus_1?account=")) == 2
+        [theirs] = links(text, f"{BASE}/events?customer=cus_1")
+        listed = (await quiet_desk.get(html.unescape(theirs))).text
+        assert f"{name.replace(' ', '_')}_event" in listed
+        assert not account or "Ada" not in listed
+    assert "Live Ada" in await page(quiet_desk, "/customers/cus_1")
+    lists = await page(quiet_desk, "/events?customer=cus_1&account=own&mode=test")
+    assert "Test_Ada_event" in lists and "Live_Ada" not in lists and "Bela" not in lists
 
 
 # ── Wording and pictures ────────────────────────────────────────────────────────────────────────────────────
@@ -1516,6 +1557,9 @@ SEARCHES = [
     Search(object="in_5"),
     Search(account="acct_50"),
     Search(account="acct_none"),
+    Search(account=""),
+    Search(context="acct_50/acct_5"),
+    Search(customer="cus_5", account="", livemode=True),
     Search(status="failed", type="type.4"),
     Search(status="dead", customer="cus_5"),
     Search(status="pending", type="type.4"),
@@ -1558,15 +1602,15 @@ _QUESTIONS: list[tuple[str, tuple[Any, ...]]] = [
     ("group_example", ("f8",)),
     ("found", ("evt_77", "evt_77\U0010ffff", 10)),
     ("found", ("cus_77", "cus_77\x01", 10)),
-    ("around_customer", ("cus_5", *position(), 5)),
-    ("around_object", ("in_5", *position(), 5)),
+    ("around_customer", ("cus_5", *position(), 5, "", False)),
+    ("around_object", ("in_5", *position(), 5, "", False)),
     ("earlier_of_object", ("in_5", "", False, position()[0], "evt_1")),
-    ("has_events", ("cus_5",)),
-    ("customers", ("cus_5",)),
-    ("subscriptions", ("cus_5", 25)),
-    ("invoices", ("cus_5", 25)),
-    ("payment_methods", ("cus_5", 25)),
-    ("timeline", ("cus_5", *position(), 31)),
+    ("whose_customer", ("cus_5",)),
+    ("customer", ("cus_5", "", False)),
+    ("subscriptions", ("cus_5", "", False, 25)),
+    ("invoices", ("cus_5", "", False, 25)),
+    ("payment_methods", ("cus_5", "", False, 25)),
+    ("timeline", ("cus_5", "", False, *position(), 31)),
     ("undecided", (100,)),
     ("now_customers", ("cus_5", "", True)),
     ("now_subscriptions", ("sub_5", "", True)),
@@ -1574,7 +1618,7 @@ _QUESTIONS: list[tuple[str, tuple[Any, ...]]] = [
     ("now_payment_methods", ("pm_5", "", True)),
     ("mirrored", ("in_5", "invoice", "", True)),
     ("group_events", ("f8", queries.PAGE)),
-    ("replay_outcome", ("f8", position()[0])),
+    ("replay_outcome", ("f8", position()[0], queries.MOST_FOLLOWED)),
     ("traffic_by_minute", (position()[0], 60)),
     ("traffic_by_hour", (position()[0], 3600)),
     ("types", (position()[0], 12)),

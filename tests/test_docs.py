@@ -55,7 +55,9 @@ from tests.turns import NOW, example, put, work_off, worker_on
 README = ROOT / "README.md"
 OPERATIONS = ROOT / "docs" / "operations.md"
 HANDLERS = ROOT / "docs" / "handlers.md"
+ACCOUNTS = ROOT / "docs" / "accounts.md"
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
+ROADS = ROOT / "docs" / "roads.md"
 GUIDE = ROOT / "tests" / "data" / "webhook-integration-guide.md"
 DECISIONS = sorted((ROOT / "docs" / "decisions").glob("*.md"))
 DOCUMENTS = [
@@ -188,7 +190,7 @@ def test_every_command_named_exists(document: Path) -> None:
             words = " ".join(filter(None, found.groups()))
             command = commands.get(words) or commands.get(found[1])
             assert command is not None, f"kamiyo {words}: there is no such command"
-            options = {option for parameter in command.params for option in parameter.opts}
+            options = {option for one in command.params for option in (*one.opts, *one.secondary_opts)}
             given = re.findall(r"(?<=\s)--[a-z-]+", line[found.end() :].partition("#")[0])
             assert set(given) <= options, f"kamiyo {words}: of {given} it knows {options}"
 
@@ -360,6 +362,30 @@ def test_the_settings_as_printed_are_taken(document: Path, tmp_path: Path, monke
     assert loaded.admin_api_key.get_secret_value() == "your_secure_admin_key_here"
 
 
+def test_the_settings_of_several_accounts_as_printed_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_text("".join(block.text for block in blocks(ACCOUNTS, "ini")), encoding="utf-8")
+    loaded = settings.load_settings()
+    assert [one.source for one in loaded.signing_secrets] == ["platform", "connect", "connect"]
+    assert [(key.account, key.livemode) for key in loaded.api_keys] == [
+        *(("", True), ("", False), ("acct_1B", True), ("acct_1C", True), ("acct_1C", False))
+    ]
+
+
+async def test_what_the_other_roads_bring_is_taken_as_printed(database_url: str, db: Connection) -> None:
+    by_road = dict(zip(("eventbridge", "eventgrid"), blocks(ROADS, "json"), strict=True))
+    keys = {f"KAMIYO_{road.upper()}_KEY": "your_road_key" for road in by_road}
+    async with running_client(create_app(settings_for(database_url, **keys))) as client:
+        for road, printed in by_road.items():
+            headers = {"X-Api-Key": "your_road_key", "Content-Type": "application/json"}
+            answer = await client.post(f"{PREFIX}/{road}", content=printed.text, headers=headers)
+            assert answer.status_code == 200, answer.text
+    rows = await db.fetch("SELECT event_id, source, status FROM webhook_events ORDER BY event_id")
+    assert [tuple(row) for row in rows] == [
+        *(("evt_123", "eventbridge", "processed"), ("evt_456", "eventgrid", "processed"))
+    ]
+
+
 @pytest.mark.parametrize("document", [README, GUIDE], ids=named)
 async def test_a_new_system_answers_health_as_printed(document: Path, client: httpx.AsyncClient) -> None:
     [printed] = blocks(document, "json")
@@ -377,7 +403,7 @@ async def test_the_supported_events_are_those_of_the_guide(client: httpx.AsyncCl
 
 _SQL = [
     block
-    for document in (README, OPERATIONS, HANDLERS, GUIDE)
+    for document in (README, OPERATIONS, HANDLERS, ACCOUNTS, GUIDE)
     for block in blocks(document, "sql")
     if "kamiyo_app" not in block.text  # a role is everybody's: it has a test of its own
 ]
@@ -456,7 +482,7 @@ _RUN_HERE = ("curl", "psql", "pg_dump", "pg_restore", ".venv/bin/kamiyo", "./scr
 
 _COMMANDS = [
     block
-    for document in (README, OPERATIONS, HANDLERS, GUIDE)
+    for document in (README, OPERATIONS, HANDLERS, ACCOUNTS, GUIDE)
     for block in blocks(document, "bash")
     if any(line.startswith(_RUN_HERE) and "localhost:5432" not in line for line in block.text.splitlines())
 ]

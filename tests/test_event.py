@@ -14,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kamiyo.errors import PayloadError
-from kamiyo.event import LONGEST_NAME, Event, decode, lane_of, parse
+from kamiyo.event import LONGEST_NAME, Event, decode, filed, lane_of, parse
 from tests.conftest import ROOT, event_json
 
 RECEIVED = 1_800_000_000.5
@@ -337,3 +337,40 @@ def test_a_lane_is_the_same_on_every_machine_and_in_every_version() -> None:
     # Rows in the ledger carry it: with another formula, after an upgrade, two events of one customer would
     # run at once.
     assert lane_of("", "cus_1") == zlib.crc32(b"\0cus_1") & 0x7FFFFFFF == 167471928
+
+
+# ── Whose it is ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("account", "context", "filed_under"),
+    [
+        (None, None, ""),
+        ("acct_1", None, "acct_1"),
+        ("acct_1", "acct_p/acct_1", "acct_1"),
+        (None, "acct_1", "acct_1"),
+        (None, "acct_p/acct_1", "acct_1"),
+        (None, "org_1/acct_p/acct_1", "acct_1"),
+        (None, "org_1", ""),
+        (None, "acct_1/wksp_1", ""),
+        ("", "", ""),
+        (7, ["acct_1"], ""),
+    ],
+)
+def test_an_event_is_filed_under_the_account_its_object_lives_in(account: Any, context: Any, filed_under: str) -> None:
+    event = parse(event_json(account=account, context=context), received=0)
+    assert event.account == filed_under
+    # Its context stays what Stripe said, for that is how the object is asked for.
+    assert event.context == (context if isinstance(context, str) else "")
+    thin = {"id": "evt_1", "object": "v2.core.event", "type": "v1.x", "context": context, "account": account}
+    assert parse(json.dumps(thin).encode(), received=0).account == filed_under
+
+
+def test_ones_own_account_has_no_name_and_a_road_names_what_names_nothing() -> None:
+    def account(said: str | None, *, own: str = "", otherwise: str = "") -> str:
+        return filed(parse(event_json(account=said), received=0), own=own, otherwise=otherwise).account
+
+    assert account(None) == "" and account("acct_1") == "acct_1"
+    assert account("acct_own", own="acct_own") == "" and account("acct_1", own="acct_own") == "acct_1"
+    assert account(None, otherwise="acct_2") == "acct_2" and account("acct_1", otherwise="acct_2") == "acct_1"
+    assert account(None, own="acct_own", otherwise="acct_own") == ""

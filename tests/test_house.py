@@ -19,6 +19,7 @@ FLOORS: list[set[str]] = [
     {"errors"},
     {"settings", "telemetry"},
     {"signature", "event", "retry", "watchdog", "tracing"},
+    {"envelope"},
     {"postgres", "database"},
     {"stripe_api"},
     {"projections"},

@@ -228,6 +228,8 @@ _LISTS: dict[str, tuple[Filters, tuple[datetime, int] | None, str]] = {
     "since": (Filters(since=_SOON), None, "webhook_events_created_at"),
     "until": (Filters(until=_SOON), None, "webhook_events_created_at"),
     "an account": (Filters(account="acct_1"), None, "webhook_events_account"),
+    "an account in one mode": (Filters(account="acct_1", livemode=False), None, "webhook_events_account"),
+    "a context": (Filters(context="acct_p/acct_1"), None, "webhook_events_context"),
     "a failed one of a customer": (Filters(status="failed", customer="cus_1"), None, ""),
 }
 

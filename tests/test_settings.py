@@ -140,6 +140,69 @@ def test_every_wrong_variable_is_named_at_once() -> None:
     ]
 
 
+# ── Secrets by their endpoint, keys by their account ──────────────────────────────────────────────────────
+
+
+def test_secrets_have_the_name_of_their_endpoint_beside_those_without_one() -> None:
+    settings = load_settings(
+        STRIPE_WEBHOOK_SECRET="whsec_plain, whsec_a",
+        STRIPE_WEBHOOK_SECRETS='{"platform": "whsec_p", "connect": ["whsec_a", " whsec_b "], "acct_1": "whsec_1"}',
+    )
+    by_source = [(one.source, one.secret, one.account) for one in settings.signing_secrets]
+    assert by_source == [
+        ("platform", "whsec_p", ""),
+        ("connect", "whsec_a", ""),
+        ("connect", "whsec_b", ""),
+        ("acct_1", "whsec_1", "acct_1"),
+        # The one that has a name as well is known by it.
+        ("webhook", "whsec_plain", ""),
+    ]
+    assert settings.webhook_secrets == tuple(secret for _, secret, _ in by_source)
+    assert settings.any_door_open
+
+
+def test_keys_have_the_name_of_their_account_and_a_mode() -> None:
+    settings = load_settings(
+        STRIPE_SECRET_KEY="sk_test_1,rk_live_1",
+        STRIPE_SECRET_KEYS='{"acct_1": ["rk_live_2", "sk_test_2"], "acct_2": "sk_live_3"}',
+    )
+    assert [(key.account, key.livemode, key.key[-1]) for key in settings.api_keys] == [
+        *(("", False, "1"), ("", True, "1"), ("acct_1", True, "2"), ("acct_1", False, "2"), ("acct_2", True, "3"))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "word"),
+    [
+        ("STRIPE_WEBHOOK_SECRETS", "whsec_hunter2", "JSON object"),
+        ("STRIPE_WEBHOOK_SECRETS", '["whsec_hunter2"]', "JSON object"),
+        ("STRIPE_WEBHOOK_SECRETS", '\'{"a": "whsec_hunter2"}\'', "without quotation marks"),
+        ("STRIPE_WEBHOOK_SECRETS", '{"a": "whsec_hunter2", "a": "b"}', "twice"),
+        ("STRIPE_WEBHOOK_SECRETS", '{"a": 7}', "one text or a list"),
+        ("STRIPE_WEBHOOK_SECRETS", '{"a": {"b": "whsec_hunter2"}}', "one text or a list"),
+        ("STRIPE_WEBHOOK_SECRETS", '{"a": []}', "one text or a list"),
+        ("STRIPE_WEBHOOK_SECRETS", '{"a": [" "]}', "one text or a list"),
+        ("STRIPE_WEBHOOK_SECRETS", '{"a b": "whsec_hunter2"}', "a name is letters"),
+        ("STRIPE_WEBHOOK_SECRETS", '{"reconcile": "whsec_hunter2"}', "cannot be called reconcile"),
+        ("STRIPE_WEBHOOK_SECRETS", '{"a": "whsec_hunter2", "b": "whsec_hunter2"}', "a and b have the same"),
+        ("STRIPE_SECRET_KEYS", "sk_live_hunter2", "JSON object"),
+        ("STRIPE_SECRET_KEYS", '{"platform": "sk_live_hunter2"}', "acct_"),
+        ("STRIPE_SECRET_KEYS", '{"acct_1": ["sk_live_hunter2", "rk_live_hunter2"]}', "two keys of one mode"),
+        ("STRIPE_SECRET_KEY", "sk_live_hunter2,sk_live_hunter2", "two keys of one mode"),
+        ("STRIPE_ACCOUNT_ID", "hunter2", "pattern"),
+    ],
+)
+def test_secrets_and_keys_that_cannot_be_meant_are_refused_with_a_sentence_that_shows_none(
+    variable: str, value: str, word: str
+) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load_settings(**{variable: value})
+    sentence = str(caught.value)
+    assert sentence.startswith(f"{variable}: ") and word in sentence and len(sentence.splitlines()) == 1
+    assert "hunter2" not in sentence
+    assert caught.value.__cause__ is None and caught.value.__suppress_context__
+
+
 # ── What is secret stays secret ───────────────────────────────────────────────────────────────────────────
 
 
@@ -148,14 +211,19 @@ def test_no_secret_shows_when_settings_are_printed() -> None:
         STRIPE_WEBHOOK_SECRET="whsec_hunter2",
         ADMIN_API_KEY="hunter2",
         STRIPE_SECRET_KEY="sk_live_hunter2",
+        STRIPE_WEBHOOK_SECRETS='{"a": "whsec_b_hunter2"}',
+        STRIPE_SECRET_KEYS='{"acct_1": "sk_live_hunter2"}',
+        KAMIYO_EVENTBRIDGE_KEY="hunter2",
+        KAMIYO_EVENTGRID_KEY="hunter2",
         DATABASE_URL="postgresql://kamiyo:hunter2@h/d",
     )
-    assert "hunter2" not in f"{settings!r}{settings}{settings.model_dump()}{settings.model_dump_json()}"
+    shown = f"{settings!r}{settings}{settings.model_dump()}{settings.model_dump_json()}"
+    assert "hunter2" not in f"{shown}{settings.signing_secrets}{settings.api_keys}"
 
 
 def test_whatever_is_secret_by_name_is_secret_by_type() -> None:
     for name, field in Settings.model_fields.items():
-        secret = bool(re.search(r"secret|api_key|(database|alert|hook)_urls?$", name))
+        secret = bool(re.search(r"secret|(api|bridge|grid)_key|(database|alert|hook)_urls?$", name))
         assert secret == (SecretStr in (field.annotation, *getattr(field.annotation, "__args__", ()))), name
 
 

@@ -27,6 +27,10 @@ from kamiyo.web.system import database_url
 _AccountOption = Annotated[
     str, typer.Option(help="A connected account (acct_…).  [default: the account of STRIPE_SECRET_KEY]")
 ]
+_LivemodeOption = Annotated[
+    bool | None,
+    typer.Option("--livemode/--testmode", help="The mode to read.  [default: that of the account's first key]"),
+]
 
 
 class What(StrEnum):
@@ -42,6 +46,7 @@ class What(StrEnum):
 def backfill(
     what: Annotated[What, typer.Argument(help="customers, subscriptions, invoices, payment_methods, or all.")],
     account: _AccountOption = "",
+    livemode: _LivemodeOption = None,
     restart: Annotated[
         bool, typer.Option("--restart", help="Begin with the newest again, not where an earlier run was ended.")
     ] = False,
@@ -62,7 +67,7 @@ def backfill(
             at[collection] = objects
             show(sum(at.values()))
 
-        async with _asking(settings) as (pool, api):
+        async with _asking(settings, account, livemode) as (pool, api):
             return await filling.backfill(
                 *(pool, api, collections), account=account, restart=restart, progress=progress
             )
@@ -94,6 +99,7 @@ def audit(
         bool, typer.Option("--repair", help="Put what Stripe says into the tables. Never over anything newer.")
     ] = False,
     account: _AccountOption = "",
+    livemode: _LivemodeOption = None,
     show_values: Annotated[
         bool, typer.Option("--show-values", help="Show customers' data as well. Only on a terminal.")
     ] = False,
@@ -111,7 +117,7 @@ def audit(
     settings = settings_for_commands()
 
     async def compare() -> Audited:
-        async with _asking(settings) as (pool, api):
+        async with _asking(settings, account, livemode) as (pool, api):
             return await auditing.audit(
                 *(pool, api),
                 share=share,
@@ -150,8 +156,10 @@ def _share(text: str) -> float:
 
 
 @asynccontextmanager
-async def _asking(settings: Settings) -> AsyncIterator[tuple[Pool, StripeApi]]:
-    """A pool on the configured or the embedded database, its migrations complete, and Stripe's API."""
+async def _asking(settings: Settings, account: str, livemode: bool | None) -> AsyncIterator[tuple[Pool, StripeApi]]:
+    """A pool on the configured or the embedded database, its migrations complete, and Stripe's API in that mode."""
+    if livemode is None:
+        livemode = next((key.livemode for key in settings.api_keys if key.account == account), None)
     async with database_url(settings) as url:
         # Room for the requests that are on their way at once: each takes its token of the budget from the database.
         pool = await database.open_pool(url, size=settings.pool_size, application="kamiyo cli", idle_limit=60)
@@ -161,7 +169,7 @@ async def _asking(settings: Settings) -> AsyncIterator[tuple[Pool, StripeApi]]:
                     await database.migrate(db)
                 else:
                     await database.require_migrations(db)
-            api = StripeApi(pool, settings)
+            api = StripeApi(pool, settings, livemode=livemode)
             try:
                 yield pool, api
             finally:

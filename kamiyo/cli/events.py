@@ -28,7 +28,11 @@ _StatusOption = Annotated[Status | None, typer.Option(help="Only events that sta
 _TypeOption = Annotated[str | None, typer.Option("--type", help="Only this event type.")]
 _CustomerOption = Annotated[str | None, typer.Option(help="Only events of this customer (cus_…).")]
 _ObjectOption = Annotated[str | None, typer.Option("--object", help="Only events about this object (in_…, sub_…).")]
-_AccountOption = Annotated[str | None, typer.Option(help="Only events of this connected account (acct_…).")]
+_AccountOption = Annotated[str | None, typer.Option(help="Only events of this account (acct_…); own: one's own.")]
+_ContextOption = Annotated[str | None, typer.Option(help="Only events of this context (acct_…/acct_…).")]
+_LivemodeOption = Annotated[
+    bool | None, typer.Option("--livemode/--testmode", help="Only events of live mode, or of test mode.")
+]
 _SinceOption = Annotated[datetime | None, typer.Option(help="Only events received from then on (UTC).")]
 _UntilOption = Annotated[datetime | None, typer.Option(help="Only events received before then (UTC).")]
 
@@ -50,15 +54,22 @@ def list_events(
     customer: _CustomerOption = None,
     object_id: _ObjectOption = None,
     account: _AccountOption = None,
+    context: _ContextOption = None,
+    livemode: _LivemodeOption = None,
     since: _SinceOption = None,
     until: _UntilOption = None,
     limit: Annotated[int, typer.Option(help="How many, newest first.", min=1, max=10_000)] = 20,
 ) -> None:
     """List events, newest first."""
-    filters = Filters(status, event_type, customer, object_id, account, _utc(since), _utc(until))
+    account = "" if account == inbox.OWN else account
+    filters = Filters(status, event_type, customer, object_id, account, context, livemode, _utc(since), _utc(until))
     rows = _with_database(lambda db: inbox.listed(db, filters, limit=limit))
-    table = Table("received (UTC)", "event", "type", "status", "tries", "object", "customer", box=None, pad_edge=False)
+    columns = ["received (UTC)", "event", "type", "status", "tries", "object", "customer"]
+    # Most have one account and one mode: a column that says the same in each line only takes room.
+    several = len({(row["account"], row["livemode"]) for row in rows}) > 1
+    table = Table(*columns, *(["account", "mode"] if several else []), box=None, pad_edge=False)
     for row in rows:
+        whose = [row["account"] or inbox.OWN, "live" if row["livemode"] else "test"] if several else []
         table.add_row(
             row["created_at"].strftime("%Y-%m-%d %H:%M:%S"),
             row["event_id"],
@@ -67,6 +78,7 @@ def list_events(
             str(row["attempts"]),
             row["object_id"] or "",
             row["customer"] or "",
+            *whose,
         )
     console.print(table if rows else "no events")
 
@@ -96,8 +108,10 @@ def show_event(
         "object_id",
         "customer",
         "account",
+        "context",
         "livemode",
         "api_version",
+        "source",
     ):
         facts.add_row(name, _said(row[name]))
     console.print(facts)
@@ -126,6 +140,8 @@ def replay(
     customer: _CustomerOption = None,
     object_id: _ObjectOption = None,
     account: _AccountOption = None,
+    context: _ContextOption = None,
+    livemode: _LivemodeOption = None,
     since: _SinceOption = None,
     until: _UntilOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count.")] = False,
@@ -137,7 +153,8 @@ def replay(
     """
     if status not in (Status.failed, Status.processed):
         raise typer.BadParameter("only failed or processed events can be replayed")
-    filters = Filters(status, event_type, customer, object_id, account, _utc(since), _utc(until))
+    account = "" if account == inbox.OWN else account
+    filters = Filters(status, event_type, customer, object_id, account, context, livemode, _utc(since), _utc(until))
     count = _with_database(lambda db: inbox.count_matching(db, filters))
     console.print(f"{count} {status.value} events match", highlight=False)
     if dry_run or not count:
@@ -151,10 +168,15 @@ def replay(
 
 def reconcile(
     since: Annotated[
-        str, typer.Option(help="How far back: 72h, 7d; Stripe keeps 30 days. Empty: where the last one ended.")
+        str,
+        typer.Option(help="How far back, as 72h, 7d or 90m; Stripe keeps 30 days. Empty: where the last one ended."),
     ] = "",
 ) -> None:
-    """Compare with Stripe's own list of events, and take in what was never delivered. Needs STRIPE_SECRET_KEY."""
+    """Compare with Stripe's own lists of events, and take in what was never delivered. Needs STRIPE_SECRET_KEY.
+
+    Every account and mode that there is a key for, and the connected accounts that events have come from. Where one
+    was broken off, the next goes on.
+    """
     settings = settings_for_commands()
     begin = int(datetime.now(UTC).timestamp()) - _seconds(since) if since else None
 
@@ -167,7 +189,11 @@ def reconcile(
                 api = StripeApi(pool, settings)
                 try:
                     return await reconciling.reconcile(
-                        pool, api, since=begin, mirrored=settings.mirrored, progress=progress
+                        *(pool, api),
+                        since=begin,
+                        own_account=settings.stripe_account_id,
+                        mirrored=settings.mirrored,
+                        progress=progress,
                     )
                 finally:
                     await api.close()
@@ -185,6 +211,13 @@ def reconcile(
             "type that should have been delivered",
             highlight=False,
         )
+        if done.refused:
+            accounts = ", ".join(done.refused)
+            console.print(
+                f"Stripe does not let STRIPE_SECRET_KEY read {accounts}: one that has left, or one that needs "
+                "a key of its own in STRIPE_SECRET_KEYS",
+                highlight=False,
+            )
 
 
 def _seconds(text: str) -> int:

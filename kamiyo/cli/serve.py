@@ -47,7 +47,7 @@ def serve(
     if settings.development:
         made = make_development_secrets(settings)
         settings = load_settings()
-    if not settings.webhook_secrets:
+    if not settings.any_door_open:
         raise SettingsError(
             "STRIPE_WEBHOOK_SECRET is not set, so no delivery could be verified. Copy the signing secret (whsec_…) of "
             "your endpoint from the Stripe dashboard, or of `stripe listen`, into .env. To try Kamiyo without Stripe: "

@@ -1,9 +1,12 @@
-"""Whom to tell: the channels of alerts."""
+"""Where things are told: the channels of alerts, the collector of traces."""
 
+import asyncio
 from importlib import import_module
 from typing import Any
 
+from kamiyo import tracing
 from kamiyo.doctor.finding import Finding, failed, passed, warning
+from kamiyo.errors import SettingsError
 from kamiyo.settings import Settings
 
 
@@ -41,3 +44,24 @@ async def alerts(settings: Settings, *, send_test: bool) -> list[Finding]:
                 )
             )
     return found
+
+
+async def traces(settings: Settings) -> list[Finding]:
+    """Whether the collector of traces answers; nothing where KAMIYO_TRACES is off."""
+    check = "traces"
+    if not settings.traces:
+        return []
+    try:
+        answers = await asyncio.to_thread(tracing.collector_answers)
+    except SettingsError as error:
+        return [failed(check, str(error), "Install it, or take KAMIYO_TRACES out: no server starts like this.")]
+    if answers:
+        return [passed(check, "the collector took an export of OpenTelemetry without spans")]
+    return [
+        warning(
+            check,
+            "the collector of OpenTelemetry does not answer, or refuses: spans are lost, events are not",
+            "Set OTEL_EXPORTER_OTLP_ENDPOINT to where it listens for OTLP over HTTP (http://localhost:4318), and "
+            "OTEL_EXPORTER_OTLP_HEADERS to the key it asks for, if any.",
+        )
+    ]

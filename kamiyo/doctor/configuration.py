@@ -1,8 +1,9 @@
 """The settings: keys and secrets, the settings' file, the log, the handlers' modules."""
 
+import itertools
 import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from kamiyo import handlers
 from kamiyo.doctor.finding import Finding, count, failed, passed, warning
 from kamiyo.errors import SettingsError
 from kamiyo.mirror import ALL
-from kamiyo.settings import LogFormat, Settings
+from kamiyo.settings import WEBHOOK, LogFormat, Settings
 from kamiyo.simulator import EVENT_TYPES, OBJECTS
 
 _SHORTEST_ADMIN_KEY = 24
@@ -22,22 +23,45 @@ _PLACEHOLDER = re.compile(r"\.\.\.|…|your_|change.?me|example|secure_admin_key
 
 def secrets(settings: Settings) -> Iterator[Finding]:
     """The signing secrets, the admin key and Stripe's keys: count, shape, strength and mode."""
-    yield _signing_secrets(settings.webhook_secrets)
+    yield _signing_secrets(settings)
     yield _admin_key(settings)
+    yield from _road_keys(settings)
     yield _stripe_keys(settings)
 
 
-def _signing_secrets(given: Sequence[str]) -> Finding:
+def named_secrets(settings: Settings) -> list[tuple[str, str]]:
+    """Each signing secret with what to call it."""
+    numbers = itertools.count(1)
+    return [
+        (f"that of {one.source} in STRIPE_WEBHOOK_SECRETS", one.secret)
+        if one.source != WEBHOOK
+        else (f"number {next(numbers)} of STRIPE_WEBHOOK_SECRET", one.secret)
+        for one in settings.signing_secrets
+    ]
+
+
+def _signing_secrets(settings: Settings) -> Finding:
     check, copy = "signing secret", "Copy the endpoint's signing secret (whsec_…) from the Stripe dashboard into "
+    given = settings.webhook_secrets
+    if not given and settings.any_door_open:
+        return passed(check, "STRIPE_WEBHOOK_SECRET is not set: events come by Amazon EventBridge or Azure Event Grid")
     if not given:
         return failed(
             check,
             "STRIPE_WEBHOOK_SECRET is not set, so every delivery is answered 503",
             f"{copy}STRIPE_WEBHOOK_SECRET.",
         )
-    seen = f"STRIPE_WEBHOOK_SECRET holds {count(len(given), 'secret')}"
-    for number, secret in enumerate(given, 1):
-        what = f"{seen}; number {number} "
+    names = " and ".join(
+        name
+        for name, value in (
+            ("STRIPE_WEBHOOK_SECRET", settings.stripe_webhook_secret),
+            ("STRIPE_WEBHOOK_SECRETS", settings.stripe_webhook_secrets),
+        )
+        if value.get_secret_value()
+    )
+    seen = f"{names} {'hold' if ' and ' in names else 'holds'} {count(len(given), 'secret')}"
+    for called, secret in named_secrets(settings):
+        what = f"{seen}; {called} "
         if secret.startswith(("sk_", "rk_", "pk_")):
             return failed(check, f"{what}is an API key", f"{copy}its place.")
         if secret.startswith("we_"):
@@ -54,11 +78,13 @@ def _signing_secrets(given: Sequence[str]) -> Finding:
             )
     if len(set(given)) < len(given):
         return warning(check, f"{seen}, one of them twice", "Take the second copy out of STRIPE_WEBHOOK_SECRET.")
-    if len(given) > 4:
+    plain = [secret for secret in settings.signing_secrets if secret.source == WEBHOOK]
+    if len(plain) > 4:
         return warning(
             check,
             f"{seen}: each of them lets deliveries in",
-            "Take out of STRIPE_WEBHOOK_SECRET those that no endpoint signs with any more, after a rotation say.",
+            "Name those of several endpoints in STRIPE_WEBHOOK_SECRETS, and take out of STRIPE_WEBHOOK_SECRET those "
+            "that no endpoint signs with any more, after a rotation say.",
         )
     return passed(check, f"{seen}, shaped as Stripe's are")
 
@@ -70,7 +96,7 @@ def _admin_key(settings: Settings) -> Finding:
         return failed(check, "ADMIN_API_KEY is not set, so the calls of operators answer 503", mend)
     if _PLACEHOLDER.search(key):
         return failed(check, "ADMIN_API_KEY is a placeholder, which anyone can read in the guide", mend)
-    if key in (*settings.webhook_secrets, settings.stripe_secret_key.get_secret_value()):
+    if key in secret_values(settings):
         return failed(check, "ADMIN_API_KEY is the same as another secret", mend)
     if len(key) < _SHORTEST_ADMIN_KEY or len(set(key)) < _FEWEST_KINDS_OF_LETTERS:
         return failed(
@@ -81,42 +107,64 @@ def _admin_key(settings: Settings) -> Finding:
     return passed(check, f"ADMIN_API_KEY has {len(key)} characters, {len(set(key))} different ones")
 
 
+def _road_keys(settings: Settings) -> Iterator[Finding]:
+    for variable, keys in (
+        ("KAMIYO_EVENTBRIDGE_KEY", settings.eventbridge_keys),
+        ("KAMIYO_EVENTGRID_KEY", settings.eventgrid_keys),
+    ):
+        check, mend = variable, f"Set {variable}, and the header X-Api-Key there, to: openssl rand -hex 32"
+        if any(len(key) < _SHORTEST_ADMIN_KEY or len(set(key)) < _FEWEST_KINDS_OF_LETTERS for key in keys):
+            yield failed(check, f"{variable} can be guessed: whoever has it can write events", mend)
+        elif settings.admin_api_key.get_secret_value() in keys or set(keys) & set(settings.webhook_secrets):
+            yield failed(check, f"{variable} is the same as another secret", mend)
+        elif keys:
+            yield passed(check, f"{variable} holds {count(len(keys), 'key')}, long enough")
+
+
+def secret_values(settings: Settings) -> tuple[str, ...]:
+    """Every secret but the admin key and the channels' addresses."""
+    keys = (key.key for key in settings.api_keys)
+    return (*settings.webhook_secrets, *keys, *settings.eventbridge_keys, *settings.eventgrid_keys)
+
+
 def _stripe_keys(settings: Settings) -> Finding:
-    check = "stripe key"
-    key, public = settings.stripe_secret_key.get_secret_value(), settings.stripe_publishable_key
-    if not key:
+    check, public = "stripe key", settings.stripe_publishable_key
+    if not settings.api_keys:
         return warning(
             check,
             "STRIPE_SECRET_KEY is not set: events that were never delivered stay unknown, and the endpoints that "
             "Stripe knows were not looked at",
             "Set STRIPE_SECRET_KEY to a restricted key (rk_…) that may read events and webhook endpoints.",
         )
-    shape = re.match(r"(sk|rk)_(live|test)_", key)
-    if key.startswith("pk_"):
-        return failed(
-            check, "STRIPE_SECRET_KEY is a publishable key", "Set it to the secret or a restricted key (sk_… or rk_…)."
-        )
-    if not shape or _PLACEHOLDER.search(key):
+    seen = []
+    for key in settings.api_keys:
+        called = f"STRIPE_SECRET_KEYS: the key of {key.account}" if key.account else "STRIPE_SECRET_KEY"
+        shape = re.match(r"(sk|rk)_(live|test)_", key.key)
+        if key.key.startswith("pk_"):
+            return failed(
+                check, f"{called} is a publishable key", "Set it to the secret or a restricted key (sk_… or rk_…)."
+            )
+        if not shape or _PLACEHOLDER.search(key.key):
+            return failed(
+                check,
+                f"{called} does not look like a key of Stripe's",
+                "Copy it anew from the Stripe dashboard: it begins with rk_live_, rk_test_, sk_live_ or sk_test_.",
+            )
+        seen.append(f"{called} is a {'restricted' if shape[1] == 'rk' else 'full'} key of {shape[2]} mode")
+    modes = ["live" if key.livemode else "test" for key in settings.api_keys if not key.account]
+    if public and modes and not any(f"_{mode}_" in public for mode in modes):
         return failed(
             check,
-            "STRIPE_SECRET_KEY does not look like a key of Stripe's",
-            "Copy it anew from the Stripe dashboard: it begins with rk_live_, rk_test_, sk_live_ or sk_test_.",
-        )
-    mode = shape[2]
-    if public and f"_{mode}_" not in public:
-        return failed(
-            check,
-            f"STRIPE_SECRET_KEY is a {mode} key, and STRIPE_PUBLISHABLE_KEY is not",
+            f"STRIPE_SECRET_KEY is a {modes[0]} key, and STRIPE_PUBLISHABLE_KEY is not",
             "Take both from the same mode of the same account.",
         )
-    if mode == "test" and not settings.development:
+    if modes == ["test"] and not settings.development:
         return warning(
             check,
             "STRIPE_SECRET_KEY is a test key: live events are not compared with Stripe's list",
             "In production set the key of live mode; for a trial set KAMIYO_ENV=development.",
         )
-    kind = "restricted" if shape[1] == "rk" else "full"
-    return passed(check, f"STRIPE_SECRET_KEY is a {kind} key of {mode} mode")
+    return passed(check, "; ".join(seen))
 
 
 def env_file(path: Path) -> Iterator[Finding]:

@@ -16,7 +16,7 @@ from kamiyo.doctor.finding import STRIPE_PATH, Finding, Subject, count, failed, 
 from kamiyo.doctor.postgresql import CLOCK_SECONDS, clock
 from kamiyo.settings import Settings
 from kamiyo.simulator import EVENT_TYPES
-from kamiyo.stripe_api import StripeApi, StripeError, StripeRefused
+from kamiyo.stripe_api import StripeApi, StripeError, StripeGone, StripeRefused
 
 #: The newest API version whose shapes this Kamiyo was tried with.
 NEWEST_API_VERSION = "2026-10-28"
@@ -27,31 +27,57 @@ _NOT_ASKED: tuple[type[BaseException], ...] = (*DATABASE_ERRORS, KeyError, TypeE
 async def stripe(subject: Subject, pool: Pool | None) -> list[Finding]:
     """The endpoints that Stripe has for the key's account and mode, and its clock. Nothing without a key."""
     settings = subject.settings
-    if not settings.stripe_secret_key.get_secret_value():
+    if not settings.api_keys:
         return []
     if pool is None:
         return [
             warning("stripe", "was not asked: the requests' budget is kept in the database", "Mend the database first.")
         ]
     api = StripeApi(pool, settings)
+    found: list[Finding] = []
     try:
-        endpoints = await _endpoints_of(api)
+        for account, livemode in api.keyed:
+            if account:
+                found.append(await _account_opened(api, account, livemode))
+            else:
+                endpoints = await _endpoints_of(api, livemode)
+                found += endpoints_known(endpoints, subject, livemode=livemode)
     except StripeRefused as error:
         may = "Let the key read webhook endpoints (Stripe dashboard, API keys), or set one that exists."
-        return [failed("stripe", str(error), may)]
+        return [*found, failed("stripe", str(error), may)]
     except StripeError as error:
         return [warning("stripe", str(error), "Run this again later; look at the network between here and Stripe.")]
     except _NOT_ASKED as error:
         return [warning("stripe", f"was not asked: {words(error)}", "Mend the database first; run `kamiyo migrate`.")]
     finally:
         await api.close()
-    found = list(endpoints_known(endpoints, subject, livemode=api.livemode))
     return [*found, *await _stripes_clock(settings)]
 
 
-async def _endpoints_of(api: StripeApi) -> list[dict[str, Any]]:
+async def _account_opened(api: StripeApi, account: str, livemode: bool) -> Finding:
+    """Whether a key of STRIPE_SECRET_KEYS may read events, and is the key of the account whose name it has."""
+    check = f"key of {account}"
+    try:
+        await api.read("/v1/events", {"limit": 1}, account=account, livemode=livemode, patience=20)
+    except StripeRefused as error:
+        return failed(
+            check, str(error), "Let the key read events (Stripe dashboard, API keys), or set one that exists."
+        )
+    mode = "live" if livemode else "test"
+    try:
+        said = (await api.read("/v1/account", account=account, livemode=livemode, patience=20)).value.get("id")
+    except (StripeRefused, StripeGone):
+        return passed(check, f"may read events of {mode} mode; whose key it is, it may not read")
+    if said != account:
+        return failed(
+            check, f"is the key of {said}", f"Name it so in STRIPE_SECRET_KEYS, or copy the key of {account}."
+        )
+    return passed(check, f"may read events of {mode} mode")
+
+
+async def _endpoints_of(api: StripeApi, livemode: bool) -> list[dict[str, Any]]:
     endpoints: list[dict[str, Any]] = []
-    async for page, _ in api.pages("/v1/webhook_endpoints", patience=20):
+    async for page, _ in api.pages("/v1/webhook_endpoints", livemode=livemode, patience=20):
         endpoints += page.value["data"]
     return endpoints
 
@@ -92,7 +118,7 @@ def endpoints_known(endpoints: Iterable[dict[str, Any]], subject: Subject, *, li
     if len(enabled) > len(subject.settings.webhook_secrets):
         yield failed(
             "stripe endpoints",
-            f"{len(enabled)} enabled endpoints of {mode} mode deliver here, and STRIPE_WEBHOOK_SECRET holds "
+            f"{len(enabled)} enabled endpoints of {mode} mode deliver here, and the settings hold "
             f"{count(len(subject.settings.webhook_secrets), 'secret')}: the others' deliveries are refused",
             "Each endpoint has a secret of its own: set them all, separated by commas.",
         )

@@ -38,6 +38,8 @@ async def _examine(subject: Subject) -> AsyncIterator[Finding]:
             yield finding
         for finding in await channels.alerts(settings, send_test=subject.send_test):
             yield finding
+        for finding in await channels.traces(settings):
+            yield finding
         for finding in await endpoints.stripe(subject, pool):
             yield finding
 
@@ -48,9 +50,8 @@ def without_secrets(finding: Finding, subject: Subject) -> Finding:
     url = settings.database_url.get_secret_value() if settings.database_url else ""
     password = re.match(r"\w+://[^:/]*:(.*)@", url)
     known = {
-        *settings.webhook_secrets,
+        *configuration.secret_values(settings),
         settings.admin_api_key.get_secret_value(),
-        settings.stripe_secret_key.get_secret_value(),
         *settings.alert_channels,
         *((url, password[1], unquote(password[1])) if password else ()),
     }

@@ -1,5 +1,7 @@
 """What the database knows of the work: workers, events, failures, the comparison with Stripe's list."""
 
+from collections.abc import Sequence
+
 from kamiyo import inbox
 from kamiyo.database import Connection, load_queries
 from kamiyo.doctor.finding import Finding, failed, passed, warning
@@ -56,27 +58,47 @@ async def failures(db: Connection, settings: Settings) -> Finding:
 
 
 async def compared(db: Connection, settings: Settings) -> Finding:
-    row = await db.fetchrow(_SQL["compared"])
     check = "comparison"
-    if not settings.stripe_secret_key.get_secret_value() or not settings.reconcile:
-        why = "KAMIYO_RECONCILE is off" if settings.stripe_secret_key.get_secret_value() else "there is no key"
+    if not settings.api_keys or not settings.reconcile:
+        why = "KAMIYO_RECONCILE is off" if settings.api_keys else "there is no key"
         return warning(
             check,
             f"events are not compared with Stripe's own list: {why}",
             "Set STRIPE_SECRET_KEY and KAMIYO_RECONCILE=true.",
         )
-    ago: float | None = row["seconds_ago"] if row is not None else None
-    if ago is None or ago > 3600:
-        when = "never" if ago is None else f"{ago / 3600:.0f} hours ago"
+    rows = {(row["account"], row["livemode"]): row for row in await db.fetch(_SQL["compared"])}
+    keyed = [(key.account, key.livemode) for key in settings.api_keys]
+    for account, livemode in keyed:
+        row = rows.get((account, livemode))
+        ago: float | None = row["seconds_ago"] if row is not None else None
+        if ago is None or ago > 3600:
+            when = "never" if ago is None else f"{ago / 3600:.0f} hours ago"
+            return warning(
+                check,
+                f"the last comparison with Stripe's list of events{_of(account, livemode, keyed)}: {when}",
+                "Let a worker run with STRIPE_SECRET_KEY, or run: kamiyo reconcile",
+            )
+    missed = sum(row["missed"] for row in rows.values())
+    if missed:
+        whose = ", ".join(row["account"] or "the own account" for row in rows.values() if row["missed"])
         return warning(
             check,
-            f"the last comparison with Stripe's list of events: {when}",
-            "Let a worker run with STRIPE_SECRET_KEY, or run: kamiyo reconcile",
-        )
-    if row is not None and row["missed"]:
-        return warning(
-            check,
-            f"the last one found {counted(row['missed'], 'event')} that never came; they are in now",
+            f"the last one found {counted(missed, 'event')} that never came, of {whose}; they are in now",
             "Look at the endpoint's failed deliveries in the Stripe dashboard.",
         )
-    return passed(check, f"the last one, {ago / 60:.0f} minutes ago, found nothing missing")
+    refused = [row["account"] for row in rows.values() if row["refused"]]
+    if refused:
+        return warning(
+            check,
+            f"Stripe does not let the platform's key read {', '.join(refused[:5])}{' and others' * (len(refused) > 5)}",
+            "If these are no connected accounts that have left, set a key of their own in STRIPE_SECRET_KEYS.",
+        )
+    latest = max(rows[one]["seconds_ago"] for one in keyed)
+    many = f" of {len(rows)} accounts and modes" if len(rows) > 1 else ""
+    return passed(check, f"the last one{many}, {latest / 60:.0f} minutes ago, found nothing missing")
+
+
+def _of(account: str, livemode: bool, among: Sequence[tuple[str, bool]]) -> str:
+    if len(among) == 1:
+        return ""
+    return f" of {account or 'the own account'}, {'live' if livemode else 'test'} mode"

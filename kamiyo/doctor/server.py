@@ -7,12 +7,13 @@ for *that*. So the secret, the clock, the path and the proxy are proved without 
 import ssl
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from urllib.parse import urlsplit
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+from kamiyo.doctor.configuration import named_secrets
 from kamiyo.doctor.finding import STRIPE_PATH, Finding, Subject, failed, network, passed, shown, warning
 from kamiyo.settings import Settings
 from kamiyo.signature import sign
@@ -28,8 +29,15 @@ async def answers(subject: Subject) -> AsyncIterator[Finding]:
     async with httpx.AsyncClient(timeout=10, trust_env=False, verify=ssl.create_default_context()) as client:
         yield await _health(client, subject.server)
         yield await _metrics(client, subject.server, subject.settings)
-        yield await _signatures(client, subject.server, subject.settings)
-        yield await _endpoint(client, subject)
+        if subject.settings.webhook_secrets or not subject.settings.any_door_open:
+            yield await _signatures(client, subject.server, subject.settings)
+            yield await _endpoint(client, subject)
+        for road, keys in (
+            ("eventbridge", subject.settings.eventbridge_keys),
+            ("eventgrid", subject.settings.eventgrid_keys),
+        ):
+            if keys:
+                yield await _road(client, subject, road, keys)
 
 
 async def _health(client: httpx.AsyncClient, server: str) -> Finding:
@@ -100,6 +108,9 @@ _REFUSALS = {
     "databaseunavailable": "See the check of the database; Stripe delivers these again.",
     "overloaded": "Start more server processes (kamiyo serve --workers), or look at the database's disk.",
     "secretmissing": "Set STRIPE_WEBHOOK_SECRET, and start the server again.",
+    "api_key": "Compare the header X-Api-Key that EventBridge or Event Grid sends with KAMIYO_EVENTBRIDGE_KEY and "
+    "KAMIYO_EVENTGRID_KEY: Event Grid drops what is answered 401.",
+    "roadclosed": "Set KAMIYO_EVENTBRIDGE_KEY or KAMIYO_EVENTGRID_KEY, and start the server again.",
     "too_large": "Raise KAMIYO_MAX_BODY_BYTES, if it is Stripe who sends them.",
 }
 
@@ -139,7 +150,7 @@ async def _knock(client: httpx.AsyncClient, check: str, url: str, settings: Sett
         answer = await client.post(url, content=_NO_EVENT, headers={"Content-Type": "application/json"})
         if answer.status_code != 400 or _detail(answer) != "Missing Stripe signature header":
             return failed(check, f"{where} answers an unsigned delivery {answer.status_code}", _wrong(answer))
-        for number, secret in enumerate(settings.webhook_secrets, 1):
+        for called, secret in named_secrets(settings):
             headers = {
                 "Content-Type": "application/json; charset=utf-8",
                 "Stripe-Signature": sign(_NO_EVENT, secret, int(time.time())),
@@ -155,7 +166,7 @@ async def _knock(client: httpx.AsyncClient, check: str, url: str, settings: Sett
             if detail != "Invalid payload":
                 return failed(
                     check,
-                    f"{where} refuses what is signed with secret number {number} of STRIPE_WEBHOOK_SECRET",
+                    f"{where} refuses what is signed with a secret: {called}",
                     "Start the server again with this secret. If it has it: a proxy changes the body, or a clock is "
                     "wrong; the server's log line delivery_rejected says which.",
                 )
@@ -166,6 +177,38 @@ async def _knock(client: httpx.AsyncClient, check: str, url: str, settings: Sett
             "Check the address, its DNS entry, its certificate, and the firewall.",
         )
     return None
+
+
+async def _road(client: httpx.AsyncClient, subject: Subject, road: str, keys: Sequence[str]) -> Finding:
+    """Deliver nothing by another road: without a key, and with each of them."""
+    variable = f"KAMIYO_{road.upper()}_KEY"
+    servers = [subject.server]
+    if subject.endpoint.endswith(STRIPE_PATH):
+        servers.append(subject.endpoint.removesuffix(STRIPE_PATH))
+    for url in (f"{server}{STRIPE_PATH.removesuffix('stripe')}{road}" for server in servers):
+        where = shown(url)
+        try:
+            answer = await client.post(url, content=_NO_EVENT, headers={"Content-Type": "application/json"})
+            if answer.status_code != 401:
+                return failed(
+                    road,
+                    f"{where} answers a delivery without a key {answer.status_code}",
+                    f"Start the server again with this {variable}; let the proxy pass POST on this path on.",
+                )
+            for number, key in enumerate(keys, 1):
+                headers = {"Content-Type": "application/json", "X-Api-Key": key}
+                answer = await client.post(url, content=_NO_EVENT, headers=headers)
+                if answer.status_code != 400 or _detail(answer) != "Invalid payload":
+                    return failed(
+                        road,
+                        f"{where} answers key number {number} of {variable} with {answer.status_code}",
+                        f"Start the server again with this {variable}; let the proxy pass the header X-Api-Key on.",
+                    )
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            return failed(
+                road, f"{where} cannot be reached: {network(error)}", "See the checks of health and endpoint."
+            )
+    return passed(road, f"{' and '.join(map(shown, servers))} takes what shows a key of {variable}, and nothing else")
 
 
 def _wrong(answer: httpx.Response) -> str:

@@ -5,6 +5,7 @@ import binascii
 import struct
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from typing import Annotated, Any, Literal
@@ -23,6 +24,7 @@ from kamiyo.errors import (
     DatabaseUnavailable,
     EventUnknown,
     ReceiveError,
+    SecretMissing,
     Unavailable,
 )
 from kamiyo.event import LONGEST_NAME
@@ -77,6 +79,23 @@ _Moment = Annotated[
     BeforeValidator(_no_number),
     Query(description="RFC 3339, e.g. 2026-11-01T00:00:00Z; UTC where no offset is given."),
 ]
+_Account = Annotated[
+    str,
+    Query(
+        max_length=LONGEST_NAME,
+        pattern=r"^[^\x00]+$",
+        description="The account that the event is filed under (acct_…); `own` for one's own.",
+    ),
+]
+_Context = Annotated[
+    str,
+    Query(
+        max_length=LONGEST_NAME,
+        pattern=r"^[^\x00]+$",
+        description="The whole context of an organisation's or a connected account's event: acct_…, acct_…/acct_….",
+    ),
+]
+_Livemode = Annotated[bool, Query(description="Only events of live mode (true), or of test mode (false).")]
 _Status = Literal["pending", "processing", "processed", "failed"]
 
 
@@ -156,11 +175,17 @@ def admin_router(current: Callable[[], System | None], settings: Callable[[], Se
         tags=["webhooks"],
         summary="Whether deliveries can be taken",
         response_model=models.Ready,
-        responses={503: {"model": models.Detail, "description": "No secret is configured, or the database is away."}},
+        responses={
+            503: {
+                "model": models.Detail,
+                "description": "No secret and no key of a road is configured, or the database is away.",
+            }
+        },
     )
     async def ready() -> dict[str, str]:
         """For a load balancer's readiness probe: unlike `/health`, it does not speak of events that failed."""
-        system().receiver.ready()
+        if not system().settings.any_door_open:
+            raise SecretMissing
         async with connection() as db:
             await db.execute("SELECT 1")
         return {"status": "ready"}
@@ -195,14 +220,17 @@ def admin_router(current: Callable[[], System | None], settings: Callable[[], Se
         type: _Name | None = None,
         customer: _Name | None = None,
         object_id: _Name | None = None,
-        account: _Name | None = None,
+        account: _Account | None = None,
+        context: _Context | None = None,
+        livemode: _Livemode | None = None,
         since: _Moment | None = None,
         until: _Moment | None = None,
         cursor: Annotated[str | None, Query(description="`next` of the page before.", max_length=64)] = None,
         limit: Annotated[int, Query(ge=1, le=500)] = 50,
     ) -> dict[str, Any]:
         """Newest first. Every filter is optional; a page is found by its position, so deep pages cost the same."""
-        filters = Filters(status, type, customer, object_id, account, _utc("since", since), _utc("until", until))
+        who = Filters(status, type, customer, object_id, _kept_as(account), context, livemode)
+        filters = replace(who, since=_utc("since", since), until=_utc("until", until))
         async with connection() as db:
             rows = await inbox.listed(db, filters, before=_position(cursor), limit=limit + 1)
         more, rows = len(rows) > limit, rows[:limit]
@@ -242,14 +270,17 @@ def admin_router(current: Callable[[], System | None], settings: Callable[[], Se
         type: _Name | None = None,
         customer: _Name | None = None,
         object_id: _Name | None = None,
-        account: _Name | None = None,
+        account: _Account | None = None,
+        context: _Context | None = None,
+        livemode: _Livemode | None = None,
         since: _Moment | None = None,
         until: _Moment | None = None,
         fingerprint: Annotated[str | None, Query(max_length=64, pattern="^[0-9a-f]+$")] = None,
         dry_run: Annotated[bool, Query(description="Only count what would run again.")] = False,
     ) -> dict[str, Any]:
         """By the filters of the list; the failed ones unless `status` says otherwise. Written to the audit."""
-        filters = Filters(status, type, customer, object_id, account, _utc("since", since), _utc("until", until))
+        who = Filters(status, type, customer, object_id, _kept_as(account), context, livemode)
+        filters = replace(who, since=_utc("since", since), until=_utc("until", until))
         async with connection() as db:
             matched = await inbox.count_matching(db, filters, fingerprint)
             replayed = 0 if dry_run else await inbox.replay(db, filters, fingerprint)
@@ -372,6 +403,10 @@ def _believable(event_id: str) -> str:
     if "\0" in event_id or len(event_id) > LONGEST_NAME:
         raise EventUnknown
     return event_id
+
+
+def _kept_as(account: str | None) -> str | None:
+    return "" if account == inbox.OWN else account
 
 
 def _utc(name: str, moment: datetime | None) -> datetime | None:

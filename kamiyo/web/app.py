@@ -14,8 +14,9 @@ from kamiyo.settings import Settings, load_settings
 from kamiyo.web import models
 from kamiyo.web.admin import admin_router
 from kamiyo.web.dashboard import Dashboard, create_dashboard
+from kamiyo.web.roads import roads_router
 from kamiyo.web.system import System, running
-from kamiyo.web.webhooks import Receive, Scope, Send, StripeEndpoint
+from kamiyo.web.webhooks import Bodies, Receive, Scope, Send, StripeEndpoint
 
 PREFIX = "/api/v1/webhooks"
 STRIPE_PATH = f"{PREFIX}/stripe"
@@ -97,10 +98,12 @@ def _router(settings: Settings | None) -> tuple[APIRouter, StripeEndpoint, Dashb
 
     dashboard = create_dashboard(lambda: current, effective)
     router = APIRouter(lifespan=lifespan)
-    endpoint = StripeEndpoint(lambda: current)
+    bodies = Bodies()
+    endpoint = StripeEndpoint(lambda: current, bodies)
     # The first route that matches answers; the documented one below it is for `/docs`.
     router.routes.append(Route(STRIPE_PATH, endpoint, methods=["POST"], include_in_schema=False))
     _document(router)
+    router.include_router(roads_router(lambda: current, bodies), prefix=PREFIX)
     router.include_router(admin_router(lambda: current, effective), prefix=PREFIX)
     router.routes.extend(dashboard.routes(f"{PREFIX}/dashboard"))
 

@@ -21,6 +21,17 @@ class Received(BaseModel):
     event_type: str = Field(examples=["customer.subscription.updated"])
 
 
+class ReceivedByEventGrid(BaseModel):
+    """All events of the delivery are committed to disk; or it was the question whether this is the place."""
+
+    status: Literal["success"] | None = None
+    count: int | None = Field(default=None, description="How many events the delivery had.")
+    events: list[Received] | None = None
+    validationResponse: str | None = Field(
+        default=None, description="The code of a `SubscriptionValidationEvent`, sent back."
+    )
+
+
 class Health(BaseModel):
     """How the webhook system is."""
 

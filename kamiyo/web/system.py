@@ -100,9 +100,13 @@ async def running(settings: Settings) -> AsyncIterator[System]:
                 await _make_ready(system)
             system._serving = asyncio.create_task(_serve(system), name="kamiyo")
             aside = [asyncio.create_task(system.alerts.run(), name="kamiyo alerts")]
-            if settings.worker and settings.reconcile and settings.stripe_secret_key.get_secret_value():
-                jitter = random.Random()  # noqa: S311 - nobody gains by guessing it
-                comparing = keep_reconciling(pool, StripeApi(pool, settings), jitter, settings.mirrored)
+            if settings.worker and settings.reconcile and settings.api_keys:
+                comparing = keep_reconciling(
+                    *(pool, StripeApi(pool, settings)),
+                    random.Random(),  # noqa: S311 - nobody gains by guessing it
+                    own_account=settings.stripe_account_id,
+                    mirrored=settings.mirrored,
+                )
                 aside.append(asyncio.create_task(comparing, name="kamiyo reconcile"))
             happened("started", worker=settings.worker, environment=settings.environment.value)
             # Longer than a handler may take, so that only one that the limit cannot reach is met by it.

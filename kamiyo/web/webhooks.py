@@ -16,6 +16,7 @@ from kamiyo.errors import (
     BodyTooSlow,
     PayloadError,
     ReceiveError,
+    RoadKeyInvalid,
     SignatureError,
     TooMuchArriving,
     Unavailable,
@@ -41,20 +42,69 @@ _BODY_SECONDS = 15.0
 #: Bytes of bodies that one process holds while the rest of them is still on its way, all connections together.
 MOST_BYTES_ARRIVING = 64 * 1024 * 1024
 
-# Answered before the whole body was read, so nothing sensible can follow it on the connection.
-_UNREAD = (BodyTooLarge, BodyTooSlow, TooMuchArriving)
+#: Answered before the whole body was read, so nothing sensible can follow it on the connection.
+UNREAD = (BodyTooLarge, BodyTooSlow, TooMuchArriving)
 
 
-class _ClientLeft(Exception):
+class ClientLeft(Exception):
     """The client closed the connection before its body was complete."""
+
+
+class Bodies:
+    """Reads bodies, and counts what one process holds of those whose rest is still on its way."""
+
+    def __init__(self) -> None:
+        self._bytes_arriving = 0
+
+    async def read(self, receive: Receive, limit: int, length: bytes | None) -> bytes:
+        """The whole body, `length` being what its header says of it.
+
+        Raises BodyTooLarge beyond `limit` bytes, BodyTooSlow when it trickles, TooMuchArriving, and ClientLeft.
+        """
+        if length is not None and length.isdigit() and int(length[:12]) > limit:
+            raise BodyTooLarge
+        message = await receive()
+        body: bytes = message.get("body", b"")
+        if not message.get("more_body", False):
+            if message["type"] == "http.disconnect":
+                raise ClientLeft
+            if len(body) > limit:
+                raise BodyTooLarge
+            return body
+        parts = [body]
+        self._bytes_arriving += len(body)
+        try:
+            async with asyncio.timeout(_BODY_SECONDS):
+                await self._rest_of_body(receive, parts, limit)
+        except TimeoutError:
+            raise BodyTooSlow from None
+        finally:
+            self._bytes_arriving -= sum(map(len, parts))
+        return b"".join(parts)
+
+    async def _rest_of_body(self, receive: Receive, parts: list[bytes], limit: int) -> None:
+        size, more = len(parts[0]), True
+        while more and size <= limit:
+            if self._bytes_arriving > MOST_BYTES_ARRIVING:
+                raise TooMuchArriving
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientLeft
+            part: bytes = message.get("body", b"")
+            parts.append(part)
+            size += len(part)
+            self._bytes_arriving += len(part)
+            more = message.get("more_body", False)
+        if size > limit:
+            raise BodyTooLarge
 
 
 class StripeEndpoint:
     """Receives deliveries for the system that `system()` names at the time of the call, None before the start."""
 
-    def __init__(self, system: Callable[[], System | None]) -> None:
+    def __init__(self, system: Callable[[], System | None], bodies: Bodies) -> None:
         self._system = system
-        self._bytes_arriving = 0
+        self._bodies = bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one delivery: every way it can end is one of the contract's answers."""
@@ -64,7 +114,7 @@ class StripeEndpoint:
         receipt: Receipt | ShadowReceipt
         try:
             receipt = await self._receive(scope, receive, shadow)
-        except _ClientLeft:
+        except ClientLeft:
             happened("client_left")
         except asyncio.CancelledError:
             # A server that stops gives up on whoever still waits; unanswered, that would be called an error of ours.
@@ -74,8 +124,8 @@ class StripeEndpoint:
             if shadow:
                 happened("shadow_refused", reason=_reason(error))
             else:
-                _count_refusal(error)
-            unread = isinstance(error, _UNREAD)
+                count_refusal(error)
+            unread = isinstance(error, UNREAD)
             await _answer(send, error.status, {"detail": error.detail}, error.retry_after, close=unread)
         else:
             await _answer(
@@ -102,10 +152,7 @@ class StripeEndpoint:
                 length = value
             elif name == b"traceparent":
                 caller = value
-        limit = system.settings.max_body_bytes
-        if length is not None and length.isdigit() and int(length[:12]) > limit:
-            raise BodyTooLarge
-        body = await self._body(receive, limit)
+        body = await self._bodies.read(receive, system.settings.max_body_bytes, length)
         if shadow:
             return await system.shadow.receive(body, signature)
         try:
@@ -116,46 +163,12 @@ class StripeEndpoint:
         system.alerts.signatures.accepted(body)
         return receipt
 
-    async def _body(self, receive: Receive, limit: int) -> bytes:
-        message = await receive()
-        body: bytes = message.get("body", b"")
-        if not message.get("more_body", False):
-            if message["type"] == "http.disconnect":
-                raise _ClientLeft
-            if len(body) > limit:
-                raise BodyTooLarge
-            return body
-        parts = [body]
-        self._bytes_arriving += len(body)
-        try:
-            async with asyncio.timeout(_BODY_SECONDS):
-                await self._rest_of_body(receive, parts, limit)
-        except TimeoutError:
-            raise BodyTooSlow from None
-        finally:
-            self._bytes_arriving -= sum(map(len, parts))
-        return b"".join(parts)
-
-    async def _rest_of_body(self, receive: Receive, parts: list[bytes], limit: int) -> None:
-        size, more = len(parts[0]), True
-        while more and size <= limit:
-            if self._bytes_arriving > MOST_BYTES_ARRIVING:
-                raise TooMuchArriving
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise _ClientLeft
-            part: bytes = message.get("body", b"")
-            parts.append(part)
-            size += len(part)
-            self._bytes_arriving += len(part)
-            more = message.get("more_body", False)
-        if size > limit:
-            raise BodyTooLarge
-
 
 def _reason(error: ReceiveError) -> str:
     if isinstance(error, SignatureError):
         return f"signature_{error.reason}"
+    if isinstance(error, RoadKeyInvalid):
+        return "api_key"
     if isinstance(error, PayloadError):
         return "payload"
     if isinstance(error, BodyTooLarge):
@@ -165,7 +178,8 @@ def _reason(error: ReceiveError) -> str:
     return type(error).__name__.lower()
 
 
-def _count_refusal(error: ReceiveError) -> None:
+def count_refusal(error: ReceiveError) -> None:
+    """Count a refused delivery by its reason, and log it."""
     reason = _reason(error)
     telemetry.REJECTED.labels(reason).inc()
     happened("delivery_rejected", reason=reason)

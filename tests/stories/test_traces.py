@@ -17,6 +17,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 from kamiyo import tracing
 from kamiyo.database import Connection
+from kamiyo.doctor import Verdict, channels
 from kamiyo.errors import SettingsError
 from tests.conftest import (
     ADMIN,
@@ -220,3 +221,17 @@ def test_where_traces_are_off_opentelemetrys_machinery_is_not_even_loaded() -> N
         check=True,
     )
     assert said.stdout == "[]\n"
+
+
+async def test_the_doctor_asks_the_collector(collector: Collector, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert await channels.traces(settings_for(None)) == []
+    traced = settings_for(None, KAMIYO_TRACES=True)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
+    [found] = await channels.traces(traced)
+    assert found.verdict is Verdict.passed and not collector.spans
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
+    [found] = await channels.traces(traced)
+    assert found.verdict is Verdict.warning and "OTEL_EXPORTER_OTLP_ENDPOINT" in found.mend
+    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
+    [found] = await channels.traces(traced)
+    assert found.verdict is Verdict.failed and "pip install" in found.seen

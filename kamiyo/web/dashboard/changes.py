@@ -3,7 +3,7 @@
 import contextlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -72,10 +72,10 @@ class Effect:
         return not self.made and not self.missing
 
 
-def event_of(body: bytes, received: datetime) -> Event | None:
-    """The event in a stored body; None when it cannot be read any more."""
+def event_of(body: bytes, received: datetime, account: str, livemode: bool) -> Event | None:
+    """The event in a stored body, as it is filed; None when it cannot be read any more."""
     try:
-        return parse(body, received=received.timestamp())
+        return replace(parse(body, received=received.timestamp()), account=account, livemode=livemode)
     except PayloadError:
         return None
 

@@ -76,24 +76,24 @@ FROM webhook_counts_since(now() - interval '24 hours');
 
 -- name: undecided
 -- Rows of the billing tables that two events of one second contradict each other about.
-SELECT kind, id, customer, last_webhook_event_id, last_webhook_updated_at FROM (
-    (SELECT 'customer' AS kind, id, id AS customer, last_webhook_event_id, last_webhook_updated_at
+SELECT kind, id, account, livemode, customer, last_webhook_event_id, last_webhook_updated_at FROM (
+    (SELECT 'customer' AS kind, id, account, livemode, id AS customer, last_webhook_event_id, last_webhook_updated_at
      FROM billing.customers WHERE order_evidence = 'undecided' LIMIT $1)
     UNION ALL
-    (SELECT 'subscription', id, customer, last_webhook_event_id, last_webhook_updated_at
+    (SELECT 'subscription', id, account, livemode, customer, last_webhook_event_id, last_webhook_updated_at
      FROM billing.subscriptions WHERE order_evidence = 'undecided' LIMIT $1)
     UNION ALL
-    (SELECT 'invoice', id, customer, last_webhook_event_id, last_webhook_updated_at
+    (SELECT 'invoice', id, account, livemode, customer, last_webhook_event_id, last_webhook_updated_at
      FROM billing.invoices WHERE order_evidence = 'undecided' LIMIT $1)
     UNION ALL
-    (SELECT 'payment_method', id, customer, last_webhook_event_id, last_webhook_updated_at
+    (SELECT 'payment_method', id, account, livemode, customer, last_webhook_event_id, last_webhook_updated_at
      FROM billing.payment_methods WHERE order_evidence = 'undecided' LIMIT $1)
 ) AS found ORDER BY last_webhook_updated_at DESC LIMIT $1;
 
 -- ── Events ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 -- name: events
--- Newest first, below the position ($8, $9). Every filter may be null; $1 is a status, or 'retrying' or 'dead', the
+-- Newest first, below the position ($10, $11). Every filter may be null; $1 is a status, or 'retrying' or 'dead', the
 -- two kinds of failed. Failed is asked for by failed_at alone, which says the same (a check holds it) and names the
 -- partial index: asked for twice, the planner would believe that half as many are left.
 SELECT e.*, f.error_type FROM (
@@ -108,19 +108,21 @@ SELECT e.*, f.error_type FROM (
       AND ($2::text IS NULL OR event_type = $2)
       AND ($3::text IS NULL OR customer = $3)
       AND ($4::text IS NULL OR object_id = $4)
-      AND ($5::text IS NULL OR account = $5 AND account <> '')
-      AND ($6::timestamptz IS NULL OR created_at >= $6)
-      AND ($7::timestamptz IS NULL OR created_at < $7)
-      AND ($8::timestamptz IS NULL OR (created_at, seq) < ($8, $9::bigint))
+      AND ($5::text IS NULL OR account = $5 AND ($5 = '' OR account <> ''))
+      AND ($6::text IS NULL OR context = $6 AND context <> '')
+      AND ($7::boolean IS NULL OR livemode = $7)
+      AND ($8::timestamptz IS NULL OR created_at >= $8)
+      AND ($9::timestamptz IS NULL OR created_at < $9)
+      AND ($10::timestamptz IS NULL OR (created_at, seq) < ($10, $11::bigint))
     ORDER BY created_at DESC, seq DESC
-    LIMIT $10
+    LIMIT $12
 ) AS e
 LEFT JOIN LATERAL (SELECT error_type FROM webhook_failures
                    WHERE event_id = e.event_id AND e.failed_at IS NOT NULL ORDER BY id DESC LIMIT 1) AS f ON true
 ORDER BY e.created_at DESC, e.seq DESC;
 
 -- name: newer_events
--- The page above the position ($8, $9), for going back: the same in the other direction, oldest first.
+-- The page above the position ($10, $11), for going back: the same in the other direction, oldest first.
 SELECT e.*, f.error_type FROM (
     SELECT seq, event_id, event_type, status, outcome, created_at, processed_at, failed_at, next_try_at, attempts,
            processing_us, object_type, object_id, customer, account, livemode
@@ -133,12 +135,14 @@ SELECT e.*, f.error_type FROM (
       AND ($2::text IS NULL OR event_type = $2)
       AND ($3::text IS NULL OR customer = $3)
       AND ($4::text IS NULL OR object_id = $4)
-      AND ($5::text IS NULL OR account = $5 AND account <> '')
-      AND ($6::timestamptz IS NULL OR created_at >= $6)
-      AND ($7::timestamptz IS NULL OR created_at < $7)
-      AND (created_at, seq) > ($8::timestamptz, $9::bigint)
+      AND ($5::text IS NULL OR account = $5 AND ($5 = '' OR account <> ''))
+      AND ($6::text IS NULL OR context = $6 AND context <> '')
+      AND ($7::boolean IS NULL OR livemode = $7)
+      AND ($8::timestamptz IS NULL OR created_at >= $8)
+      AND ($9::timestamptz IS NULL OR created_at < $9)
+      AND (created_at, seq) > ($10::timestamptz, $11::bigint)
     ORDER BY created_at, seq
-    LIMIT $10
+    LIMIT $12
 ) AS e
 LEFT JOIN LATERAL (SELECT error_type FROM webhook_failures
                    WHERE event_id = e.event_id AND e.failed_at IS NOT NULL ORDER BY id DESC LIMIT 1) AS f ON true
@@ -181,14 +185,17 @@ GROUP BY place, kind, id, detail ORDER BY place, id;
 -- ── Event ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 -- name: around_customer
--- The customer's events around the position ($2, $3): up to $4 on either side, newest first, itself included.
+-- The customer's events around the position ($2, $3): up to $4 on either side, newest first, itself included; of the
+-- same account ($5) and mode ($6), for an id may be known in several.
 SELECT * FROM (
     (SELECT seq, event_id, event_type, status, outcome, created_at, failed_at, next_try_at, object_id, processing_us
-     FROM webhook_events WHERE customer = $1 AND (created_at, seq) > ($2::timestamptz, $3::bigint)
+     FROM webhook_events
+     WHERE customer = $1 AND account = $5 AND livemode = $6 AND (created_at, seq) > ($2::timestamptz, $3::bigint)
      ORDER BY created_at, seq LIMIT $4)
     UNION ALL
     (SELECT seq, event_id, event_type, status, outcome, created_at, failed_at, next_try_at, object_id, processing_us
-     FROM webhook_events WHERE customer = $1 AND (created_at, seq) <= ($2::timestamptz, $3::bigint)
+     FROM webhook_events
+     WHERE customer = $1 AND account = $5 AND livemode = $6 AND (created_at, seq) <= ($2::timestamptz, $3::bigint)
      ORDER BY created_at DESC, seq DESC LIMIT $4 + 1)
 ) AS around ORDER BY created_at DESC, seq DESC;
 
@@ -196,11 +203,13 @@ SELECT * FROM (
 -- The same for an object that is nobody's. By Stripe's time, for that is what the index of objects has.
 SELECT * FROM (
     (SELECT seq, event_id, event_type, status, outcome, created_at, failed_at, next_try_at, object_id, processing_us
-     FROM webhook_events WHERE object_id = $1 AND (stripe_created, seq) > ($2::timestamptz, $3::bigint)
+     FROM webhook_events
+     WHERE object_id = $1 AND account = $5 AND livemode = $6 AND (stripe_created, seq) > ($2::timestamptz, $3::bigint)
      ORDER BY stripe_created, seq LIMIT $4)
     UNION ALL
     (SELECT seq, event_id, event_type, status, outcome, created_at, failed_at, next_try_at, object_id, processing_us
-     FROM webhook_events WHERE object_id = $1 AND (stripe_created, seq) <= ($2::timestamptz, $3::bigint)
+     FROM webhook_events
+     WHERE object_id = $1 AND account = $5 AND livemode = $6 AND (stripe_created, seq) <= ($2::timestamptz, $3::bigint)
      ORDER BY stripe_created DESC, seq DESC LIMIT $4 + 1)
 ) AS around ORDER BY created_at DESC, seq DESC;
 
@@ -299,36 +308,59 @@ SELECT *, extract(epoch FROM now() - heard_at)::float8 AS silent_seconds FROM we
 
 -- name: replay_outcome
 -- What became of the events that were put back in line: those that had failed with this fingerprint ($1) before it began
--- ($2), by where they stand now.
-SELECT count(*) FILTER (WHERE e.status = 'processed' AND e.processed_at >= $2) AS processed,
+-- ($2), by where they stand now. Of very many, only those of the first $3 failures: they are also put back first.
+WITH followed AS MATERIALIZED (
+    SELECT event_id FROM webhook_failures
+    WHERE fingerprint = $1 AND created_at < $2
+    ORDER BY created_at LIMIT $3
+)
+SELECT count(*) AS followed,
+       (SELECT count(*) FROM followed) < $3 AS all_followed,
+       count(*) FILTER (WHERE e.status = 'processed' AND e.processed_at >= $2) AS processed,
        count(*) FILTER (WHERE e.status IN ('pending', 'processing')) AS waiting,
        count(*) FILTER (WHERE e.status = 'failed' AND e.failed_at >= $2) AS failed
-FROM (SELECT DISTINCT event_id FROM webhook_failures WHERE fingerprint = $1 AND created_at < $2) AS was
+FROM (SELECT DISTINCT event_id FROM followed) AS was
 JOIN webhook_events AS e USING (event_id);
 
 -- ── Customer ────────────────────────────────────────────────────────────────────────────────────────────────
 
--- name: customers
--- The rows of one customer: more than one only where an id is known in several accounts or modes.
-SELECT * FROM billing.customers WHERE id = $1 ORDER BY account, livemode LIMIT 20;
+-- name: whose_customer
+-- The accounts and modes in which a customer of this id is known: from the billing tables, and from the latest of the
+-- events that name them. Nearly always one.
+SELECT account, livemode FROM (
+    (SELECT account, livemode FROM billing.customers WHERE id = $1 LIMIT 20)
+    UNION
+    (SELECT account, livemode FROM billing.subscriptions WHERE customer = $1 LIMIT 200)
+    UNION
+    (SELECT account, livemode FROM billing.invoices WHERE customer = $1 LIMIT 200)
+    UNION
+    (SELECT account, livemode FROM billing.payment_methods WHERE customer = $1 LIMIT 200)
+    UNION
+    (SELECT account, livemode FROM webhook_events WHERE customer = $1 ORDER BY created_at DESC LIMIT 200)
+) AS known ORDER BY account, livemode DESC;
 
--- name: has_events
-SELECT EXISTS (SELECT FROM webhook_events WHERE customer = $1);
+-- name: customer
+SELECT * FROM billing.customers WHERE id = $1 AND account = $2 AND livemode = $3;
 
 -- name: subscriptions
-SELECT * FROM billing.subscriptions WHERE customer = $1 ORDER BY ended_at DESC NULLS FIRST, created DESC LIMIT $2;
+SELECT * FROM billing.subscriptions WHERE customer = $1 AND account = $2 AND livemode = $3
+ORDER BY ended_at DESC NULLS FIRST, created DESC LIMIT $4;
 
 -- name: invoices
-SELECT * FROM billing.invoices WHERE customer = $1 ORDER BY created DESC NULLS LAST, id LIMIT $2;
+SELECT * FROM billing.invoices WHERE customer = $1 AND account = $2 AND livemode = $3
+ORDER BY created DESC NULLS LAST, id LIMIT $4;
 
 -- name: payment_methods
-SELECT * FROM billing.payment_methods WHERE customer = $1 ORDER BY created DESC NULLS LAST, id LIMIT $2;
+SELECT * FROM billing.payment_methods WHERE customer = $1 AND account = $2 AND livemode = $3
+ORDER BY created DESC NULLS LAST, id LIMIT $4;
 
 -- name: timeline
--- A customer's events with their bodies, newest first, below the position ($2, $3).
+-- A customer's events with their bodies, newest first, below the position ($4, $5).
 SELECT e.seq, e.event_id, e.event_type, e.status, e.outcome, e.created_at, e.failed_at, e.next_try_at, e.object_id,
+       e.account, e.livemode,
        (SELECT p.body FROM webhook_payloads AS p WHERE p.seq = e.seq AND p.created_at = e.created_at) AS body
 FROM webhook_events AS e
-WHERE e.customer = $1 AND ($2::timestamptz IS NULL OR (e.created_at, e.seq) < ($2, $3::bigint))
+WHERE e.customer = $1 AND e.account = $2 AND e.livemode = $3
+  AND ($4::timestamptz IS NULL OR (e.created_at, e.seq) < ($4, $5::bigint))
 ORDER BY e.created_at DESC, e.seq DESC
-LIMIT $4;
+LIMIT $6;

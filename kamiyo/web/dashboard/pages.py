@@ -11,7 +11,7 @@ from starlette.responses import RedirectResponse, Response
 
 from kamiyo import alerts, handlers, inbox, tracing
 from kamiyo.errors import PayloadError
-from kamiyo.event import decode
+from kamiyo.event import Event, decode
 from kamiyo.inbox import Filters, Status
 from kamiyo.web import charts
 from kamiyo.web.charts import Series
@@ -45,7 +45,7 @@ async def overview(visit: Visit) -> Response:
         groups=groups[:3],
         undecided=len(undecided),
         incidents=[*([refused] if refused else []), *incidents],
-        secret_set=bool(visit.site.settings.webhook_secrets),
+        secret_set=visit.site.settings.any_door_open,
     )
     return visit.page(
         "overview.html",
@@ -182,9 +182,7 @@ async def events(visit: Visit) -> Response:
         dead = await queries.dead(db)
         page = await queries.events(db, search, before=before, after=after)
         types = await queries.known_types(db)
-    filters = {
-        name: visit.asked(name) for name in ("status", "type", "customer", "object", "account", "since", "until")
-    }
+    filters = {name: visit.asked(name) for name in _FILTERS}
     return visit.page(
         "events.html",
         dead=dead,
@@ -203,6 +201,14 @@ async def events(visit: Visit) -> Response:
     )
 
 
+_FILTERS = ("status", "type", "customer", "object", "account", "context", "mode", "since", "until")
+_MODES = {"live": True, "test": False}
+
+
+def _kept_as(account: str | None) -> str | None:
+    return "" if account == inbox.OWN else account
+
+
 def _search(visit: Visit) -> tuple[Search, list[str]]:
     wrong = []
     status = visit.asked("status")
@@ -214,8 +220,12 @@ def _search(visit: Visit) -> tuple[Search, list[str]]:
         text = visit.asked(name)
         if text is not None and moment is None:
             wrong.append(f"“{text[:40]}” is no moment. Write 2026-11-23T21:05, in UTC.")
-    type_, customer, object_, account = (visit.asked(name) for name in ("type", "customer", "object", "account"))
-    return Search(status, type_, customer, object_, account, since, until), wrong
+    mode = visit.asked("mode")
+    if mode is not None and mode not in _MODES:
+        wrong.append(f"There is no mode “{mode[:40]}”: it is live, or test.")
+    type_, customer, object_ = (visit.asked(name) for name in ("type", "customer", "object"))
+    whose = (_kept_as(visit.asked("account")), visit.asked("context"), _MODES.get(mode or ""))
+    return Search(status, type_, customer, object_, *whose, since, until), wrong
 
 
 def _moment(text: str | None) -> datetime | None:
@@ -278,7 +288,7 @@ async def event(visit: Visit) -> Response:
         dead = await queries.dead(db)
         row, failures = await inbox.one(db, event_id)
         around = await queries.around(db, row)
-        told = changes.event_of(row["body"], row["created_at"]) if row["body"] is not None else None
+        told = _as_filed(row)
         effect = await queries.effect(db, told, row["created_at"]) if told is not None else None
         mirrored = await queries.mirrored(db, row)
     last = failures[-1] if failures and row["status"] == "failed" else None
@@ -304,6 +314,12 @@ async def event(visit: Visit) -> Response:
         live=row["status"] in ("pending", "processing") or (last is not None and last["next_try_at"] is not None),
         said=_SAID.get(visit.asked("said") or ""),
     )
+
+
+def _as_filed(row: Any) -> Event | None:
+    if row["body"] is None:
+        return None
+    return changes.event_of(row["body"], row["created_at"], row["account"], row["livemode"])
 
 
 _SAID = {
@@ -429,17 +445,16 @@ async def customer(visit: Visit) -> Response:
     before = _position(visit.asked("before"))
     async with visit.reading() as db:
         dead = await queries.dead(db)
-        found = await queries.customer(db, customer_id)
+        account = _kept_as(visit.asked("account"))
+        found = await queries.customer(db, customer_id, account, _MODES.get(visit.asked("mode") or ""))
         if found is None:
             raise PageNotFound("No event and no billing row names this customer.")
-        rows, older = await queries.timeline(db, customer_id, before=before)
+        rows, older = await queries.timeline(db, found, before=before)
     moments = [
         {
             "row": row,
             "day": wording.day(row["created_at"]),
-            "changes": changes.summary(changes.event_of(row["body"], row["created_at"]), row["created_at"])
-            if row["body"] is not None
-            else [],
+            "changes": changes.summary(_as_filed(row), row["created_at"]) if row["body"] is not None else [],
         }
         for row in rows
     ]

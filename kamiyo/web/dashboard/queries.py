@@ -20,6 +20,9 @@ MOST_COUNTED = 10_000
 #: Failed events that are put into groups, the newest first.
 MOST_GROUPED = 20_000
 
+#: At most this many failures are followed through a replay, so that looking each second costs little.
+MOST_FOLLOWED = 20_000
+
 #: Events on a page.
 PAGE = 50
 
@@ -150,19 +153,23 @@ STATES = ("pending", "processing", "processed", "failed", "retrying", "dead")
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """Which events: each field is None (any) or a value. `since` is inclusive, `until` exclusive."""
+    """Which events: each field is None (any) or a value. `since` is inclusive, `until` exclusive. `account` '' is one's
+    own."""
 
     status: str | None = None
     type: str | None = None
     customer: str | None = None
     object: str | None = None
     account: str | None = None
+    context: str | None = None
+    livemode: bool | None = None
     since: datetime | None = None
     until: datetime | None = None
 
     def values(self) -> tuple[Any, ...]:
         """In the order of the queries' parameters."""
-        return self.status, self.type, self.customer, self.object, self.account, self.since, self.until
+        named = (self.status, self.type, self.customer, self.object, self.account, self.context)
+        return *named, self.livemode, self.since, self.until
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,11 +241,12 @@ def asked_for(text: str) -> str | None:
 
 async def around(db: Connection, event: asyncpg.Record, each_side: int = 5) -> list[asyncpg.Record]:
     """The events of the same customer around this one, newest first; of the same object where nobody's."""
+    position = (event["seq"], each_side, event["account"], event["livemode"])
     if event["customer"] is not None:
-        return await db.fetch(_SQL["around_customer"], event["customer"], event["created_at"], event["seq"], each_side)
+        return await db.fetch(_SQL["around_customer"], event["customer"], event["created_at"], *position)
     if event["object_id"] is None:
         return []
-    return await db.fetch(_SQL["around_object"], event["object_id"], event["stripe_created"], event["seq"], each_side)
+    return await db.fetch(_SQL["around_object"], event["object_id"], event["stripe_created"], *position)
 
 
 async def effect(db: Connection, event: Event, received: datetime) -> changes.Effect | None:
@@ -248,7 +256,7 @@ async def effect(db: Connection, event: Event, received: datetime) -> changes.Ef
         return None
     created = datetime.fromtimestamp(event.created, UTC)
     earlier = await db.fetch(_SQL["earlier_of_object"], *row.key, created, event.id)
-    events = [changes.event_of(one["body"], one["created_at"]) for one in earlier]
+    events = [changes.event_of(one["body"], one["created_at"], row.account, row.livemode) for one in earlier]
     now = await db.fetchrow(_SQL[f"now_{row.table}"], *row.key)
     return changes.effect_of(event, received, [one for one in events if one is not None], now)
 
@@ -362,8 +370,11 @@ async def replay(db: Connection, number: int) -> asyncpg.Record | None:
 
 
 async def replay_outcome(db: Connection, fingerprint: str, since: datetime) -> asyncpg.Record:
-    """processed, waiting and failed: where the events stand that a replay put back in line."""
-    row = await db.fetchrow(_SQL["replay_outcome"], fingerprint, since)
+    """processed, waiting and failed: where the events stand that a replay put back in line.
+
+    `followed` of them were looked at, and `all_followed` says whether that is all.
+    """
+    row = await db.fetchrow(_SQL["replay_outcome"], fingerprint, since, MOST_FOLLOWED)
     assert row is not None  # noqa: S101 - an aggregate without GROUP BY has exactly one row
     return row
 
@@ -373,33 +384,47 @@ async def replay_outcome(db: Connection, fingerprint: str, since: datetime) -> a
 
 @dataclass(frozen=True, slots=True)
 class Customer:
-    """What is known of one customer. `rows` has one row for each account and mode; none where only events name them."""
+    """What is known of one customer of one account in one mode. `row` is None where only events name them.
+
+    `elsewhere` are the other accounts and modes that know a customer of this id: other customers.
+    """
 
     id: str
-    rows: Sequence[asyncpg.Record]
+    account: str
+    livemode: bool
+    elsewhere: Sequence[tuple[str, bool]]
+    row: asyncpg.Record | None
     subscriptions: Sequence[asyncpg.Record]
     invoices: Sequence[asyncpg.Record]
     payment_methods: Sequence[asyncpg.Record]
 
 
-async def customer(db: Connection, customer_id: str, most: int = 25) -> Customer | None:
-    """Everything the billing tables say of a customer; None when no row and no event names them."""
-    rows = await db.fetch(_SQL["customers"], customer_id)
-    found = Customer(
-        customer_id,
-        rows,
-        await db.fetch(_SQL["subscriptions"], customer_id, most),
-        await db.fetch(_SQL["invoices"], customer_id, most),
-        await db.fetch(_SQL["payment_methods"], customer_id, most),
+async def customer(
+    db: Connection, customer_id: str, account: str | None = None, livemode: bool | None = None, most: int = 25
+) -> Customer | None:
+    """Everything the billing tables say of a customer; None when no row and no event names them.
+
+    Where an id is known in several accounts or modes, the one asked for, or the first.
+    """
+    known = [(row["account"], row["livemode"]) for row in await db.fetch(_SQL["whose_customer"], customer_id)]
+    fitting = [one for one in known if account in (None, one[0]) and livemode in (None, one[1])]
+    if not fitting:
+        return None
+    key = (customer_id, *fitting[0])
+    return Customer(
+        *key,
+        [one for one in known if one != fitting[0]],
+        await db.fetchrow(_SQL["customer"], *key),
+        await db.fetch(_SQL["subscriptions"], *key, most),
+        await db.fetch(_SQL["invoices"], *key, most),
+        await db.fetch(_SQL["payment_methods"], *key, most),
     )
-    if found.rows or found.subscriptions or found.invoices or found.payment_methods:
-        return found
-    return found if await db.fetchval(_SQL["has_events"], customer_id) else None
 
 
 async def timeline(
-    db: Connection, customer_id: str, *, before: Position | None = None, size: int = 30
+    db: Connection, whose: Customer, *, before: Position | None = None, size: int = 30
 ) -> tuple[list[asyncpg.Record], Position | None]:
     """A customer's events with their bodies, newest first, and the position of the page below."""
-    rows = await db.fetch(_SQL["timeline"], customer_id, *(before or (None, None)), size + 1)
+    key = (whose.id, whose.account, whose.livemode)
+    rows = await db.fetch(_SQL["timeline"], *key, *(before or (None, None)), size + 1)
     return rows[:size], _position(rows[size - 1]) if len(rows) > size else None
