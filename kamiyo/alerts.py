@@ -8,6 +8,8 @@ event, and cannot fail either. Channels are Apprise URLs (Discord, Slack, e-mail
     failure_rate    over 20 % of a type's events of the last quarter of an hour failed, and at least five
     overdue         the oldest due event has waited for over five minutes: is a worker running?
     bad_signatures  at least ten deliveries within five minutes were not signed with our secret
+    reads_overdue   an event has waited for over five minutes until what it is about is read from Stripe
+    stripe_refuses  Stripe refuses STRIPE_SECRET_KEY, or lets it not read something that is needed
     missed          Stripe's list had events that were never delivered; they are in now
     silence         nothing came for much longer than it ever took in the last week
     database_away   PostgreSQL has not answered for a minute (told by each process that sees it)
@@ -35,7 +37,7 @@ _BURST_SECONDS = 300.0
 _BURST = 10
 
 #: The families that a look decides as a whole: what it does not see any more is over.
-_FAMILIES = ["event_died", "failure_rate", "overdue", "missed", "silence"]
+_FAMILIES = ["event_died", "failure_rate", "overdue", "reads_overdue", "stripe_refuses", "missed", "silence"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +228,7 @@ async def find(db: Connection) -> list[Incident]:
                 "/events?status=pending",
             )
         )
+    found += await _unread(db)
     missed = await db.fetchrow(_SQL["never_came"])
     if missed is not None:
         found.append(_never_came(missed))
@@ -237,6 +240,39 @@ async def find(db: Connection) -> list[Incident]:
                 "No events come any more",
                 f"Nothing has arrived for {silence['quiet_hours']:.0f} hours; in the week before the longest gap was "
                 f"{silence['longest_gap_hours'] or 1:.0f}. Is the endpoint still enabled in Stripe, and reachable?",
+                "/",
+            )
+        )
+    return found
+
+
+async def _unread(db: Connection) -> list[Incident]:
+    found = []
+    late = await db.fetchrow(_SQL["reads_overdue"])
+    if late is not None and late["seconds"] > _OVERDUE_SECONDS:
+        why = "Is a worker running that has STRIPE_SECRET_KEY?"
+        if late["refused_what"] is not None:
+            why = f"Stripe refuses a key for {late['refused_what']}."
+        elif late["opened_at"] is not None:
+            why = f"Stripe's API has not answered since {_moment(late['opened_at'])}."
+        found.append(
+            Incident(
+                "reads_overdue",
+                "Events wait to be read from Stripe",
+                f"{late['count']} thin events wait until what they are about was read; {late['event_id']} the longest, "
+                f"for {late['seconds'] / 60:.0f} minutes. {why} None fails meanwhile, and all go on by themselves.",
+                "/events?status=unread",
+            )
+        )
+    refused = await db.fetchrow(_SQL["stripe_refuses"])
+    if refused is not None:
+        found.append(
+            Incident(
+                "stripe_refuses",
+                "Stripe refuses a key",
+                f"Stripe refuses a key (STRIPE_SECRET_KEY, STRIPE_SECRET_KEYS) for {refused['refused_what']} since "
+                f"{_moment(refused['refused_at'])}. 401: set a key that exists. 403: let this one read that (Stripe "
+                "dashboard, API keys); an account that is named may have left. What waits for it goes on by itself.",
                 "/",
             )
         )

@@ -33,6 +33,20 @@ SELECT event_id, extract(epoch FROM now() - next_try_at)::float8 AS seconds,
 FROM webhook_events
 WHERE next_try_at IS NOT NULL ORDER BY next_try_at, seq LIMIT 1;
 
+-- name: reads_overdue
+-- How many events wait until their object is read (100,000 at most), which of them longest and how long, and what is known
+-- of why.
+SELECT oldest.event_id, extract(epoch FROM now() - oldest.read_due_at)::float8 AS seconds, b.opened_at,
+       CASE WHEN b.refused_last_at > now() - interval '1 hour' THEN b.refused_what END AS refused_what,
+       (SELECT count(*) FROM (SELECT FROM webhook_events WHERE read_due_at <= now() LIMIT 100000) AS waiting) AS count
+FROM (SELECT event_id, read_due_at FROM webhook_events WHERE read_due_at IS NOT NULL ORDER BY read_due_at LIMIT 1) AS oldest
+LEFT JOIN webhook_api_budget AS b ON true;
+
+-- name: stripe_refuses
+-- What Stripe refuses the key for; nothing once nobody asks for that any more.
+SELECT refused_what, refused_at FROM webhook_api_budget
+WHERE refused_at IS NOT NULL AND refused_last_at > now() - interval '1 hour';
+
 -- name: never_came
 -- What the comparisons with Stripe's lists found missing, the last of each account and one that is going on; told until
 -- they find nothing. An account that is not compared any more says nothing after a day.

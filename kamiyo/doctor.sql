@@ -45,3 +45,9 @@ WHERE created_at > now() - interval '1 day' GROUP BY fingerprint, error_type ORD
 SELECT account, livemode, extract(epoch FROM now() - finished_at)::float8 AS seconds_ago, missed,
        refused_at > coalesce(finished_at, '-infinity') AS refused
 FROM webhook_reconciliation ORDER BY account, livemode;
+
+-- name: asking
+-- What Stripe refuses the key for, if it did within the last hour, and for how long the circuit has been open.
+SELECT CASE WHEN refused_last_at > now() - interval '1 hour' THEN refused_what END AS refused_what,
+       extract(epoch FROM now() - opened_at)::float8 AS open_seconds
+FROM webhook_api_budget;

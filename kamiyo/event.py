@@ -45,6 +45,8 @@ class Event:
     customer: str | None
     snapshot_event: str | None
     body: bytes
+    #: What a thin event is about, as Stripe's API gave it: JSON. Empty where it was not read, or is there no more.
+    read: bytes = b""
     #: True while a handler runs for an event whose object has already moved on: a newer state is applied.
     superseded: bool = False
     #: Which try this is, from 1. Zero until a worker has the event.
@@ -57,13 +59,28 @@ class Event:
 
     @property
     def object(self) -> dict[str, Any]:
-        """`data.object` as plain JSON values; empty for a thin event."""
+        """What the event is about, as plain JSON values: a snapshot's `data.object`; for a thin event, what was read.
+
+        Empty where a thin event's object was not read from Stripe, or is there no more.
+        """
+        if self.thin:
+            return decode(self.read) if self.read else {}
         return _mapping(_mapping(self.payload.get("data")).get("object"))
 
     @property
     def previous_attributes(self) -> dict[str, Any]:
         """The values before the change, for `*.updated` events; empty when Stripe gives none."""
         return _mapping(_mapping(self.payload.get("data")).get("previous_attributes"))
+
+    @property
+    def snapshot_type(self) -> str:
+        """The type under which a snapshot tells the same: `invoice.paid`, also of `v1.invoice.paid`."""
+        return snapshot_type(self.type)
+
+    @property
+    def occurrence(self) -> str:
+        """What both twins have in common, a snapshot and the thin event that names it: the snapshot's id."""
+        return self.snapshot_event or self.id
 
     @property
     def request_id(self) -> str | None:
@@ -79,6 +96,11 @@ class Event:
         Events of one customer share a lane; where Stripe names no customer, those of one object do.
         """
         return lane_of(self.account, self.customer or self.object_id or self.id)
+
+
+def snapshot_type(event_type: str) -> str:
+    """The type under which a snapshot tells what `event_type` does. Thin events of `/v1` put `v1.` before it."""
+    return event_type.removeprefix("v1.")
 
 
 def lane_of(account: str, owner: str) -> int:
@@ -262,6 +284,13 @@ def _thin_subject(envelope: _Envelope) -> tuple[str | None, str | None, str | No
         return None, None, None
     object_type, object_id = _name(related.type), _name(related.id)
     return object_type, object_id, object_id if object_type == "customer" else None
+
+
+def _account_of(context: Any) -> str:
+    # A thin event says its connected account here; below an organisation it is the last part. Source: Stripe's
+    # documentation, "Event destinations", and `StripeContext` of its Python library.
+    last = (_name(context) or "").rpartition("/")[2]
+    return last if last.startswith("acct_") else ""
 
 
 def _reference(value: Any) -> str | None:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from kamiyo.database import Connection
 from kamiyo.errors import KamiyoError, SettingsError
-from kamiyo.event import Event
+from kamiyo.event import Event, snapshot_type
 from kamiyo.inbox import Failure
 
 Handler = Callable[[Event, Connection], Awaitable[None]]
@@ -75,9 +75,10 @@ class PayloadGone(KamiyoError):
 
 @dataclass
 class Registry:
-    """Handlers by event type."""
+    """Handlers by event type. `v1.invoice.paid` and `invoice.paid` are one type, told by two kinds of events."""
 
-    _by_type: dict[str, list[Handler]] = field(default_factory=lambda: defaultdict(list))
+    # By the snapshot's type: each handler once, and the names it was registered under.
+    _by_type: dict[str, dict[Handler, set[str]]] = field(default_factory=lambda: defaultdict(dict))
 
     def on(self, *event_types: str) -> Callable[[Handler], Handler]:
         """Register the decorated coroutine function for these event types.
@@ -90,20 +91,25 @@ class Registry:
         def register(handler: Handler) -> Handler:
             if not asyncio.iscoroutinefunction(handler):
                 raise TypeError(f"{handler!r} must be `async def`: a handler shares the worker's event loop")
-            for event_type in event_types:
-                if handler not in self._by_type[event_type]:
-                    self._by_type[event_type].append(handler)
+            for name in event_types:
+                self._by_type[snapshot_type(name)].setdefault(handler, set()).add(name)
             return handler
 
         return register
 
     def of(self, event_type: str) -> tuple[Handler, ...]:
-        """The handlers of a type, in the order of registration."""
-        return tuple(self._by_type.get(event_type, ()))
+        """The handlers of a type, registered under either of its names, in the order of registration."""
+        return tuple(self._by_type.get(snapshot_type(event_type), ()))
+
+    def exactly(self, event_type: str) -> tuple[Handler, ...]:
+        """The handlers that were registered under just this name, in the order of registration."""
+        registered = self._by_type.get(snapshot_type(event_type), {})
+        return tuple(handler for handler, names in registered.items() if event_type in names)
 
     def types(self) -> tuple[str, ...]:
-        """The types with handlers, in the order of registration."""
-        return tuple(name for name, handlers in self._by_type.items() if handlers)
+        """The types with handlers, as they were named, in the order of registration."""
+        every = (sorted(names) for registered in self._by_type.values() for names in registered.values())
+        return tuple(dict.fromkeys(name for names in every for name in names))
 
     def clear(self) -> None:
         """Forget every handler; for tests."""

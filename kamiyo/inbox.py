@@ -4,7 +4,7 @@ The caller owns the transaction: what a function writes is true once the caller 
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from enum import StrEnum
@@ -16,7 +16,7 @@ from kamiyo import projections
 from kamiyo.database import Connection, load_queries
 from kamiyo.errors import EventNotFailed, EventUnknown, KamiyoError
 from kamiyo.event import Event
-from kamiyo.projections import TABLES, Row
+from kamiyo.projections import TABLES, Read, Row
 
 _SQL = load_queries("inbox.sql")
 
@@ -25,6 +25,11 @@ OWN = "own"
 
 #: Events that one statement of a long piece of work touches, so that no lock is held for long.
 CHUNK = 1000
+
+
+#: Seconds that Stripe's clock may be before ours. An event from further ahead (a test clock) is not waited for; the
+#: same number is in `webhook_second_over`.
+FUTURE_SECONDS = 5
 
 
 class Status(StrEnum):
@@ -42,6 +47,7 @@ class Outcome(StrEnum):
     projected = "projected"  # a billing row, or one of stripe_objects, speaks of it, or of something newer
     handled = "handled"  # handlers of the user's own ran
     ignored = "ignored"  # nobody asked for it
+    paired = "paired"  # its twin of the other kind, snapshot or thin, was handled: one occurrence, told twice
 
 
 class ClaimLost(KamiyoError):
@@ -53,7 +59,7 @@ class Claimed:
     """An event in a worker's hands.
 
     `attempts` are the tries before this one. A `suspect` was in the batch of a worker that died, and runs alone;
-    one that `was_running` at that moment has used up a try.
+    one that `was_running` at that moment has used up a try. `read` is what Stripe's API said of a thin event's object.
     """
 
     event: Event
@@ -65,6 +71,12 @@ class Claimed:
     abandoned: bool
     was_running: bool
     body_kept: bool
+    read: Read | None = None
+
+    @property
+    def second(self) -> int:
+        """Stripe's second of the event; where it lies in the future, the second of its arrival counts."""
+        return min(self.event.created, int(self.received.timestamp()) + FUTURE_SECONDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,9 +244,47 @@ async def fail(
         raise ClaimLost(f"{event_id} is no longer held by claim {claim_number}")
 
 
-async def release(db: Connection, claim_number: int, event_ids: Sequence[str]) -> None:
-    """Give claimed events back untried."""
-    await db.execute(_SQL["release"], list(event_ids), claim_number)
+async def release(db: Connection, claim_number: int, event_ids: Sequence[str], *, due_in: float = 0.0) -> None:
+    """Give claimed events back untried; `due_in` seconds from now somebody may take them."""
+    await db.execute(_SQL["release"], list(event_ids), claim_number, due_in)
+
+
+async def move(db: Connection, claim_number: int, owners: Mapping[str, tuple[str, int]]) -> None:
+    """Give claimed events back untried, into the lanes of the customers that they turned out to be of.
+
+    `owners`: for each event id, the customer and its lane.
+    """
+    columns = list(owners), [customer for customer, _ in owners.values()], [lane for _, lane in owners.values()]
+    await db.execute(_SQL["move"], claim_number, *columns)
+
+
+async def await_read(db: Connection, claim_number: int, event_ids: Sequence[str]) -> None:
+    """Put claimed events aside, untried, until their objects were read from Stripe."""
+    await db.execute(_SQL["await_read"], list(event_ids), claim_number)
+
+
+@dataclass(frozen=True, slots=True)
+class Twin:
+    """One of the events that tell an occurrence: a snapshot, or a thin event that names it."""
+
+    event_id: str
+    thin: bool
+    status: Status
+    outcome: Outcome | None
+
+
+async def twins(db: Connection, occurrences: Iterable[str]) -> dict[str, list[Twin]]:
+    """The stored events of these occurrences (see `Event.occurrence`)."""
+    found: dict[str, list[Twin]] = {}
+    for occurrence, event_id, thin, status, outcome in await db.fetch(_SQL["twins"], list(occurrences)):
+        twin = Twin(event_id, thin, Status(status), Outcome(outcome) if outcome else None)
+        found.setdefault(occurrence, []).append(twin)
+    return found
+
+
+async def try_occurrences(db: Connection, occurrences: Iterable[str]) -> set[str]:
+    """Those of these occurrences that nobody else runs handlers for, ours until the transaction ends."""
+    return {name for (name,) in await db.fetch(_SQL["try_occurrences"], sorted(set(occurrences)))}
 
 
 async def next_due_in(db: Connection) -> float | None:
@@ -377,7 +427,7 @@ async def statistics(db: Connection, days: int) -> list[asyncpg.Record]:
 
 
 async def queue(db: Connection) -> asyncpg.Record:
-    """One row: backlog, oldest_due_seconds, dead."""
+    """One row: backlog, oldest_due_seconds, waiting_reads, oldest_unread_seconds, circuit_open, dead, missed."""
     row = await db.fetchrow(_SQL["queue"])
     assert row is not None  # noqa: S101 - a SELECT without FROM has exactly one row
     return row

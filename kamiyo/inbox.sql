@@ -110,7 +110,7 @@ RETURNING attempts;
 -- means that the claim is lost, and the caller must roll back.
 UPDATE webhook_events AS e
 SET status = 'processed', outcome = d.outcome, processed_at = clock_timestamp(), next_try_at = NULL, started_at = NULL,
-    suspect = false, attempts = d.attempts, processing_us = e.processing_us + d.processing_us
+    read_due_at = NULL, read_try_at = NULL, suspect = false, attempts = d.attempts, processing_us = e.processing_us + d.processing_us
 FROM unnest($2::text[], $3::text[], $4::smallint[], $5::bigint[]) AS d (event_id, outcome, attempts, processing_us)
 WHERE e.event_id = d.event_id AND e.claim = $1 AND e.status = 'processing'
 RETURNING e.event_id;
@@ -120,6 +120,7 @@ RETURNING e.event_id;
 WITH failed AS (
     UPDATE webhook_events
     SET status = 'failed', failed_at = clock_timestamp(), started_at = NULL, attempts = $3,
+        read_due_at = NULL, read_try_at = NULL,
         next_try_at = clock_timestamp() + make_interval(secs => $4), processing_us = processing_us + $5
     WHERE event_id = $1 AND claim = $2 AND status = 'processing'
     RETURNING event_id, event_type, next_try_at
@@ -134,8 +135,42 @@ RETURNING id;
 UPDATE webhook_events
 SET status = CASE WHEN attempts > (started_at IS NOT NULL)::int THEN 'failed' ELSE 'pending' END,
     failed_at = CASE WHEN attempts > (started_at IS NOT NULL)::int THEN clock_timestamp() END,
-    attempts = attempts - (started_at IS NOT NULL)::int, claim = NULL, started_at = NULL
+    attempts = attempts - (started_at IS NOT NULL)::int, claim = NULL, started_at = NULL,
+    read_due_at = NULL, read_try_at = NULL,
+    next_try_at = CASE WHEN $3 > 0 THEN now() + make_interval(secs => $3) ELSE next_try_at END
 WHERE event_id = ANY ($1::text[]) AND claim = $2 AND status = 'processing';
+
+-- name: move
+-- Gives claimed events back untried, to be run at once in the lane of the customer whose they turned out to be.
+UPDATE webhook_events AS e
+SET status = 'pending', claim = NULL, started_at = NULL, attempts = attempts - (started_at IS NOT NULL)::int,
+    customer = m.customer, lane = m.lane, read_due_at = NULL, read_try_at = NULL, next_try_at = now()
+FROM unnest($2::text[], $3::text[], $4::integer[]) AS m (event_id, customer, lane)
+WHERE e.event_id = m.event_id AND e.claim = $1 AND e.status = 'processing';
+
+-- name: await_read
+-- Puts claimed events aside until their object was read. Stripe's second of the event must be over before it is asked;
+-- where its clock is far from ours, ours counts. Should nobody ever read it, a worker looks at it again in an hour.
+UPDATE webhook_events
+SET status = 'pending', claim = NULL, started_at = NULL, next_try_at = now() + interval '1 hour',
+    attempts = attempts - (started_at IS NOT NULL)::int,
+    read_due_at = coalesce(read_due_at, greatest(now(), webhook_second_over(stripe_created, created_at))),
+    read_try_at = coalesce(read_try_at, greatest(now(), webhook_second_over(stripe_created, created_at)))
+WHERE event_id = ANY ($1::text[]) AND claim = $2 AND status = 'processing';
+
+-- name: twins
+-- Of these occurrences (ids of snapshots), what is known of the snapshot and of its thin twins: status and outcome.
+-- One that was cleaned up had been processed; what came of it nobody knows, so it counts as handled.
+SELECT event_id AS occurrence, event_id, thin, status, outcome FROM webhook_events WHERE event_id = ANY ($1::text[])
+UNION ALL
+SELECT snapshot_event, event_id, thin, status, outcome FROM webhook_events WHERE snapshot_event = ANY ($1::text[])
+UNION ALL
+SELECT event_id, event_id, false, 'processed', 'handled' FROM webhook_tombstones WHERE event_id = ANY ($1::text[]);
+
+-- name: try_occurrences
+-- Those of these occurrences that nobody else runs handlers for, held until this transaction ends.
+SELECT occurrence FROM unnest($1::text[]) AS occurrence
+WHERE pg_try_advisory_xact_lock(1800433, hashtext(occurrence));
 
 -- name: next_due
 -- Seconds until something is due that no worker holds; null when nothing waits.
@@ -187,7 +222,7 @@ SELECT event_id, pg_notify('webhook_events', '') FROM again;
 -- Newest first; every filter may be null. The conditions that only repeat a filter name the partial index that
 -- serves it.
 SELECT seq, event_id, event_type, status, outcome, created_at, stripe_created, processed_at, next_try_at, attempts,
-       processing_us, object_type, object_id, customer, account, context, livemode, api_version, thin, source
+       processing_us, object_type, object_id, customer, account, context, livemode, api_version, thin, source, read_due_at
 FROM webhook_events
 WHERE ($1::text IS NULL OR status = $1)
   AND ($1 IS DISTINCT FROM 'failed' OR failed_at IS NOT NULL)
@@ -306,10 +341,16 @@ SELECT event_type, received, processed, failed, received - processed - failed AS
 FROM webhook_counts_since(now() - make_interval(days => $1)) ORDER BY received DESC, event_type;
 
 -- name: queue
--- How the queue stands: events waiting or in work, seconds since the oldest was due, events that are dead.
+-- How the queue stands: events waiting or in work, seconds since the oldest was due; events that wait to be read from
+-- Stripe, seconds since the oldest of those was due, and how asking goes; events that are dead.
 SELECT (SELECT coalesce(sum(received - processed - failed), 0) FROM webhook_counts_since('-infinity'))::bigint AS backlog,
-       (SELECT coalesce(greatest(extract(epoch FROM now() - min(next_try_at)), 0), 0)
-        FROM webhook_events WHERE next_try_at IS NOT NULL)::float8 AS oldest_due_seconds,
+       coalesce(greatest((SELECT extract(epoch FROM now() - min(next_try_at)) FROM webhook_events
+                          WHERE next_try_at IS NOT NULL), 0), 0)::float8 AS oldest_due_seconds,
+       (SELECT count(*) FROM (SELECT FROM webhook_events WHERE read_due_at IS NOT NULL LIMIT 100000) AS waiting)::bigint
+           AS waiting_reads,
+       coalesce(greatest((SELECT extract(epoch FROM now() - min(read_due_at)) FROM webhook_events
+                          WHERE read_due_at IS NOT NULL), 0), 0)::float8 AS oldest_unread_seconds,
+       coalesce((SELECT (opened_at IS NOT NULL)::int FROM webhook_api_budget), 0) AS circuit_open,
        (SELECT count(*) FROM (SELECT FROM webhook_events WHERE failed_at IS NOT NULL AND next_try_at IS NULL
                               LIMIT 100000) AS dead)::bigint AS dead,
        coalesce((SELECT sum(greatest(missed, found)) FROM webhook_reconciliation

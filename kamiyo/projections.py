@@ -585,8 +585,8 @@ def rank_of_read(read: Read) -> int:
 
 
 def ends(event: Event) -> bool:
-    """Whether this event, thin or not, says that its object's life is over in a way the object itself may not show."""
-    return event.type.removeprefix("v1.") in _LAST_TYPES
+    """Whether this event, thin or not, says that its object's life is over in a way that the object may not show."""
+    return event.snapshot_type in _LAST_TYPES
 
 
 def completed(row: Row, known: Row) -> Row:
@@ -677,6 +677,8 @@ _LAST_TYPES = frozenset(
     {"customer.deleted", "customer.subscription.deleted", "invoice.deleted", "payment_method.detached"}
 )
 
+#: Thin events that say that a life has ended: see `ends`.
+THIN_ENDS = tuple(sorted(f"v1.{name}" for name in _LAST_TYPES))
 
 _TERMINAL = 1 << 56
 

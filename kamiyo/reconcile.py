@@ -136,17 +136,14 @@ async def keep_reconciling(
     own_account: str = "",
     mirrored: frozenset[str] = frozenset(),
 ) -> None:
-    """Compare each account every fifteen minutes, one process of many, until cancelled; then close `api`."""
-    try:
-        while True:
-            try:
-                await reconcile(pool, api, own_account=own_account, mirrored=mirrored, at_least_every=EVERY_SECONDS)
-            except _NOT_NOW as error:
-                happened("reconcile_failed", error=type(error).__name__)
-            # Shorter than the interval: the process whose turn it was may have gone.
-            await asyncio.sleep(rng.uniform(0.9, 1.1) * EVERY_SECONDS / 5)
-    finally:
-        await api.close()
+    """Compare each account every fifteen minutes, one process of many, until cancelled."""
+    while True:
+        try:
+            await reconcile(pool, api, own_account=own_account, mirrored=mirrored, at_least_every=EVERY_SECONDS)
+        except _NOT_NOW as error:
+            happened("reconcile_failed", error=type(error).__name__)
+        # Shorter than the interval: the process whose turn it was may have gone.
+        await asyncio.sleep(rng.uniform(0.9, 1.1) * EVERY_SECONDS / 5)
 
 
 async def _due(pool: Pool, api: StripeApi, at_least_every: float) -> AsyncIterator[tuple[str, bool]]:
@@ -237,10 +234,10 @@ class _Comparison:
             found = [event for event in map(self._event, page) if event is not None]
             wanted = [event for event in found if _wanted(event, self.registry, self.mirrored)]
             async with self.pool.acquire(timeout=10) as db, db.transaction():
-                missing = await _missing(db, wanted)
+                missing, never_told = await _missing(db, wanted, self.mirrored)
                 if missing:
                     await inbox.put(db, missing, source="reconcile")
-                late = sum(event.type in handlers.supported_types() for event in missing)
+                late = sum(event.type in handlers.supported_types() for event in never_told)
                 await self._note(db, window, page, late, last=last)
             looked_at, added, missed = looked_at + len(page), added + len(missing), missed + late
             self.tally.add(len(page), len(missing), late)
@@ -294,6 +291,15 @@ def _wanted(event: Event, registry: Registry, mirrored: frozenset[str]) -> bool:
     return bool(projections.table_of(event) or registry.of(event.type)) or mirror.wants(event, mirrored)
 
 
-async def _missing(db: Connection, events: Sequence[Event]) -> list[Event]:
+async def _missing(
+    db: Connection, events: Sequence[Event], mirrored: frozenset[str]
+) -> tuple[list[Event], list[Event]]:
+    """Those of `events` to be put in; and of these, what nobody has told yet.
+
+    A thin event tells what the snapshot does that it names; but only the snapshot shows the object as it is mirrored.
+    """
     known = {event_id for (event_id,) in await db.fetch(_SQL["known"], [event.id for event in events])}
-    return list({event.id: event for event in events if event.id not in known}.values())
+    unknown = list({event.id: event for event in events if event.id not in known}.values())
+    told = {event_id for (event_id,) in await db.fetch(_SQL["told"], [event.id for event in unknown])}
+    never_told = [event for event in unknown if event.id not in told]
+    return [event for event in unknown if event.id not in told or mirror.wants(event, mirrored)], never_told

@@ -29,6 +29,10 @@ SELECT event_id FROM webhook_tombstones WHERE event_id = ANY ($1::text[])
 UNION ALL
 SELECT event_id FROM webhook_shadow_events WHERE event_id = ANY ($1::text[]);
 
+-- name: told
+-- Which of these snapshots a thin event has told.
+SELECT snapshot_event FROM webhook_events WHERE snapshot_event = ANY ($1::text[]);
+
 -- name: advance
 -- A page is compared: the window, the last event of the page, and how many were missing. No row: the turn is another's.
 UPDATE webhook_reconciliation

@@ -115,8 +115,9 @@ class Settings(BaseSettings):
     stripe_secret_key: SecretStr = _setting(
         "STRIPE_SECRET_KEY",
         SecretStr(""),
-        "Stripe API key (sk_… or rk_…). Receiving works without it. Two, separated by a comma, for live and test mode. "
-        "Connected accounts are read with it too.",
+        "Stripe API key (sk_… or rk_…). Receiving works without it; thin events, ties and events that were never "
+        "delivered need it. Two, separated by a comma, for live and test mode. Connected accounts are read with it "
+        "too.",
     )
     stripe_secret_keys: SecretStr = _setting(
         "STRIPE_SECRET_KEYS",
@@ -404,6 +405,13 @@ class Settings(BaseSettings):
     def shadow_secrets(self) -> tuple[str, ...]:
         """The signing secrets of the twin endpoint; none where there is no such endpoint."""
         return _listed(self.shadow_webhook_secret)
+
+    def may_read(self, account: str, *, livemode: bool) -> bool:
+        """Whether objects of this account and mode can be read from Stripe: with its key, or with one's own.
+
+        To a key of the other mode they do not exist.
+        """
+        return any(key.livemode == livemode and key.account in ("", account) for key in self.api_keys)
 
     @property
     def handler_modules(self) -> tuple[str, ...]:

@@ -47,8 +47,21 @@ class StripeRefused(StripeError):
     """Stripe refuses the key or the request; asking again does not help."""
 
 
+class StripeKeyRefused(StripeRefused):
+    """Stripe refuses a key for `what` (403), or for `every` request (401): a person must mend it, or set another."""
+
+    def __init__(self, key: str, what: str, *, every: bool) -> None:
+        super().__init__(f"Stripe refuses {key} for {what}")
+        self.what = what
+        self.every = every
+
+
 class StripeGone(StripeError):
-    """Stripe has no such object."""
+    """Stripe has no such object, as of `second`: see `Reply`."""
+
+    def __init__(self, message: str, second: int) -> None:
+        super().__init__(message)
+        self.second = second
 
 
 class StripeUnavailable(StripeError):
@@ -69,6 +82,35 @@ class Reply:
     value: dict[str, Any]
     body: bytes
     second: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What is asked for, and with whose key: that of `owner` (empty: one's own)."""
+
+    path: str
+    account: str
+    owner: str
+    livemode: bool
+
+    @property
+    def kind(self) -> str:
+        """Without saying for which object: `GET /v1/customers of acct_1 in test mode (403)`."""
+        kind = "/".join(self.path.split("/")[: 4 if self.path.startswith("/v2/") else 3])
+        return f"GET {kind}{_of(self.account)} in {_mode(self.livemode)} mode (403)"
+
+    @property
+    def every(self) -> str:
+        """Whatever is asked for with that key."""
+        return f"every request{_of(self.owner)} in {_mode(self.livemode)} mode (401)"
+
+
+def _of(account: str) -> str:
+    return f" of {account}" if account else ""
+
+
+def _mode(livemode: bool) -> str:
+    return "live" if livemode else "test"
 
 
 class StripeApi:
@@ -97,8 +139,14 @@ class StripeApi:
         }
         self._pool = pool
         self._rate = settings.stripe_api_rate
+        self._patience = settings.stripe_api_timeout
         self.keyed = tuple(self._clients)
         self.livemode = keys[0].livemode if livemode is None else livemode
+
+    async def pause(self) -> float:
+        """Seconds until Stripe may be asked again: 0 unless the circuit is open."""
+        async with self._pool.acquire(timeout=10) as db:
+            return float(await db.fetchval(_SQL["pause"]))
 
     async def close(self) -> None:
         """Let go of the connections."""
@@ -116,24 +164,43 @@ class StripeApi:
         account: str = "",
         livemode: bool | None = None,
         patience: float = 60.0,
+        once: bool = False,
+        keeps_refusal: bool = False,
     ) -> Reply:
         """GET `path` (`/v1/…`) of `account` with `params`; its JSON object.
 
         With the account's own key where it has one, with the platform's in the account's name otherwise. Raises
         StripeRefused where neither has a key of the mode.
 
-        Waits for the budget and for Stripe, up to `patience` seconds; then raises StripeUnavailable. Raises StripeGone
-        for a 404 and StripeRefused for anything else that asking again cannot mend.
+        Waits for the budget and for Stripe, up to `patience` seconds; then raises StripeUnavailable. With `once`, so
+        does the first answer that is none (429, 5xx): the caller has others to ask about. Raises StripeGone for a 404,
+        StripeKeyRefused for 401 and 403, and StripeRefused for anything else that asking again cannot mend.
+
+        With `keeps_refusal`, that a key is refused is kept for the alerts until Stripe answers for the same: somebody
+        waits for it.
         """
+        livemode = self.livemode if livemode is None else livemode
         client, options = self._way_to(account, livemode)
+        asked = _Asked(path, account, "" if options else account, livemode)
         try:
             async with asyncio.timeout(patience):
                 while True:
                     await self._wait_for_budget()
                     try:
-                        return await self._get(client, path, {**(params or {}), **options})
+                        reply = await self._get(client, asked, {**(params or {}), **options})
                     except StripeUnavailable as busy:
                         await self._note("refused", busy.after)
+                        if once:
+                            raise
+                    except StripeKeyRefused as refused:
+                        await self._note("key_refused", refused.what if keeps_refusal else None)
+                        raise
+                    except StripeError:
+                        await self._note("answered", asked.kind, asked.every)
+                        raise
+                    else:
+                        await self._note("answered", asked.kind, asked.every)
+                        return reply
         except TimeoutError as error:
             raise StripeUnavailable(f"Stripe did not answer {path} within {patience:g} s") from error
 
@@ -182,20 +249,20 @@ class StripeApi:
                 return
             behind = {"starting_after": objects[-1]["id"]}
 
-    def _way_to(self, account: str, livemode: bool | None) -> tuple[Any, dict[str, str]]:
-        livemode = self.livemode if livemode is None else livemode
+    def _way_to(self, account: str, livemode: bool) -> tuple[Any, dict[str, str]]:
         client = self._clients.get((account, livemode))
         if client is not None:
             return client, {}
         client = self._clients.get(("", livemode))
         if client is None or not account:
-            mode = "live" if livemode else "test"
             whose = f"{account}, and none of one's own" if account else "one's own account"
-            raise StripeRefused(f"No key of {mode} mode is set for {whose}: see STRIPE_SECRET_KEY, STRIPE_SECRET_KEYS")
+            raise StripeRefused(
+                f"No key of {_mode(livemode)} mode is set for {whose}: see STRIPE_SECRET_KEY, STRIPE_SECRET_KEYS"
+            )
         return client, {"stripe_account": account}
 
-    async def _get(self, client: Any, path: str, params: Mapping[str, Any]) -> Reply:
-        stripe = self._stripe
+    async def _get(self, client: Any, asked: _Asked, params: Mapping[str, Any]) -> Reply:
+        stripe, path = self._stripe, asked.path
         began = time.monotonic()
         try:
             reply = await client.raw_request_async("get", path, **params)
@@ -203,31 +270,25 @@ class StripeApi:
             raise StripeUnavailable("Stripe: too many requests", _retry_after(error)) from error
         except (stripe.AuthenticationError, stripe.PermissionError) as error:
             # The library's message can quote the key.
-            whose = f" of {params['stripe_account']}" if "stripe_account" in params else ""
-            raise StripeRefused(
-                f"Stripe refuses {self._named(client)} for GET {path}{whose} ({error.http_status})"
-            ) from None
+            every = error.http_status == 401
+            raise StripeKeyRefused(*(_key_of(asked.owner), asked.every if every else asked.kind), every=every) from None
         except stripe.InvalidRequestError as error:
             if error.http_status == 404:
-                raise StripeGone(f"Stripe has nothing at {path}") from None
+                second = _began(error.headers or {}, time.monotonic() - began)
+                raise StripeGone(f"Stripe has nothing at {path}", second) from None
             raise StripeRefused(f"Stripe refuses GET {path}: {error.code or error.http_status}") from None
         except (stripe.APIConnectionError, stripe.APIError) as error:
             raise StripeUnavailable(f"Stripe is away: {type(error).__name__}") from error
         took = time.monotonic() - began
-        await self._note("answered")
         value = json.loads(reply.body)
         if not isinstance(value, dict):
             raise StripeRefused(f"Stripe answered GET {path} with something that is no object")
         return Reply(value, reply.body.encode(), _began(reply.headers, took))
 
-    def _named(self, client: Any) -> str:
-        [(account, _)] = [owner for owner, one in self._clients.items() if one is client]
-        return f"the key of {account} in STRIPE_SECRET_KEYS" if account else "STRIPE_SECRET_KEY"
-
     async def _wait_for_budget(self) -> None:
         while True:
             async with self._pool.acquire(timeout=10) as db:
-                wait = await db.fetchval(_SQL["take"], float(self._rate))
+                wait = await db.fetchval(_SQL["take"], float(self._rate), self._patience)
                 if wait is None:
                     await db.execute(_SQL["begin"])
                     continue
@@ -236,9 +297,13 @@ class StripeApi:
             # Never through the night: somebody else may have been answered meanwhile.
             await asyncio.sleep(min(wait, 1.0))
 
-    async def _note(self, query: str, *parameters: float) -> None:
+    async def _note(self, query: str, *parameters: float | str | None) -> None:
         async with self._pool.acquire(timeout=10) as db:
             await db.execute(_SQL[query], *parameters)
+
+
+def _key_of(account: str) -> str:
+    return f"the key of {account} in STRIPE_SECRET_KEYS" if account else "STRIPE_SECRET_KEY"
 
 
 async def together(asks: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:

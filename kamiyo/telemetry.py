@@ -121,6 +121,12 @@ _LEVELS: dict[str, int] = {
     "reconciled": _INFO,
     "reconcile_refused": _INFO,
     "reconcile_failed": _WARNING,
+    "objects_read": _INFO,
+    "object_gone": _WARNING,
+    "reads_wait": _WARNING,
+    "read_refused": _ERROR,
+    "tie_settled": _INFO,
+    "reader_failed": _ERROR,
     "backfilled": _INFO,
     "object_unreadable": _WARNING,
     "audited": _INFO,
@@ -215,12 +221,12 @@ def silence(logger: str) -> None:
 
 def label_types(types: Iterable[str]) -> None:
     """Give these event types labels of their own in the metrics: those that handlers are registered for."""
-    _labelled.update(types)
+    _labelled.update(name.removeprefix("v1.") for name in types)
 
 
 def label(event_type: str) -> str:
-    """The bounded `event_type` label."""
-    return event_type if event_type in _labelled else "other"
+    """The bounded `event_type` label. A thin event has its own where its snapshot has."""
+    return event_type if event_type.removeprefix("v1.") in _labelled else "other"
 
 
 class QueueGauges(Collector):
@@ -243,6 +249,9 @@ _GAUGES = {
     "webhook_backlog_events": ("backlog", "Events waiting or in work."),
     "webhook_oldest_due_seconds": ("oldest_due_seconds", "How long the oldest due event has waited."),
     "webhook_dead_events": ("dead", "Events that are dead: each needs a person."),
+    "webhook_waiting_reads": ("waiting_reads", "Events that wait until their object is read from Stripe."),
+    "webhook_oldest_unread_seconds": ("oldest_unread_seconds", "How long the oldest of them has waited for that."),
+    "webhook_stripe_circuit_open": ("circuit_open", "1 while Stripe does not answer, and everybody who asks it waits."),
     "webhook_missed_events": ("missed", "Events Stripe had and we did not, in the last comparison with its lists."),
     "webhook_database_up": ("database_up", "1 while the database answers."),
 }

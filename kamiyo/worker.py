@@ -4,6 +4,9 @@ A turn claims a batch of due events (`inbox.claim` holds their lanes on this ses
 date for all of them at once, runs the user's handlers one by one, each inside a savepoint, and settles every event,
 well or badly ended, in that same transaction.
 
+A thin event only names its object. It is put aside until a reader has read that (`kamiyo/reader.py`), and comes back
+with it. A snapshot and its thin twin tell one occurrence: of the two, one runs the handlers.
+
 What happens when the process dies at any instruction: the session ends, its transaction is undone, its lanes are
 free, and the next claim by anyone finds the events in `processing` with nobody holding them. From then on each of
 them runs alone, its try counted before it starts, so that the one that kills is told from its neighbours and is
@@ -12,6 +15,7 @@ dead after five tries.
 
 import asyncio
 import contextlib
+import json
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -19,13 +23,14 @@ from dataclasses import dataclass, field, replace
 
 import asyncpg
 
-from kamiyo import handlers, inbox, mirror, projections, retry, shadow, telemetry, ties, tracing
+from kamiyo import handlers, inbox, mirror, projections, reads, retry, shadow, telemetry, ties, tracing
 from kamiyo.database import DATABASE_ERRORS, Connection, Pool, listening
 from kamiyo.errors import DatabaseUnavailable, KamiyoError
-from kamiyo.event import Event
+from kamiyo.event import Event, lane_of
 from kamiyo.handlers import Bury, PayloadGone, Registry, Retry, WorkerDied
-from kamiyo.inbox import Claimed, ClaimLost, Outcome, Settled
+from kamiyo.inbox import Claimed, ClaimLost, Outcome, Settled, Status, Twin
 from kamiyo.projections import ProjectionError, Row
+from kamiyo.reader import Reader
 from kamiyo.settings import Settings
 from kamiyo.telemetry import happened, happened_to_each
 
@@ -36,6 +41,9 @@ MOST_HANDLED_TOGETHER = 50
 # A turn that takes longer gives back what it has not begun, and the next ones claim less: while handlers are slow, the
 # other customers of a batch are for other hands to take.
 _TURN_SECONDS = 0.25
+
+# How long an event whose twin is being handled elsewhere is left alone.
+_TWIN_SECONDS = 1.0
 
 # A worker is woken by notices; looking by itself is for notices that were lost, and for the dead.
 _LOOK_EVERY_SECONDS = 2.0
@@ -60,6 +68,10 @@ class _Trial:
     seconds: float = 0.0
     superseded: bool = False
     untried: bool = False
+    # Its twin's handlers are running elsewhere: what comes of that decides.
+    waits_for_twin: bool = False
+    # Its twin's handlers have run.
+    paired: bool = False
     trace: tracing.Try | None = None
 
     @property
@@ -76,6 +88,8 @@ class Worker:
     settings: Settings
     registry: Registry = field(default_factory=lambda: handlers.registry)
     rng: random.Random = field(default_factory=random.Random)
+    #: Reads what thin events are about; None: another process does.
+    reader: Reader | None = None
     traces: tracing.Traces | None = None
 
     def __post_init__(self) -> None:
@@ -97,6 +111,8 @@ class Worker:
         """Work until `stop`, through whatever the database does."""
         async with asyncio.TaskGroup() as tasks:
             watching = [tasks.create_task(self._listen()), tasks.create_task(self._maintain())]
+            if self.reader is not None:
+                watching.append(tasks.create_task(self.reader.run()))
             while not self._stopping:
                 self._wake.clear()
                 if len(self._hands) < self.settings.worker_concurrency:
@@ -205,6 +221,7 @@ class Worker:
                 await self._fail_alone(db, number, claimed, PayloadGone("its body was removed by retention"))
             else:
                 fit.append(claimed)
+        fit = await self._ready(db, number, fit)
         began = time.perf_counter()
         tried = 0
         for chunk in self._chunks(fit):
@@ -224,12 +241,77 @@ class Worker:
                     await asyncio.shield(inbox.release(db, number, [claimed.event.id for claimed in fit]))
                 raise
 
+    async def _ready(self, db: Connection, number: int, batch: Sequence[Claimed]) -> list[Claimed]:
+        """The batch without the thin events that are told by their twins, or must be read first; the others with what
+        was read."""
+        thin = [claimed for claimed in batch if claimed.event.thin]
+        if not thin:
+            return list(batch)
+        told = await inbox.twins(db, {c.event.occurrence for c in thin if c.event.snapshot_event})
+        paired = [c for c in thin if self._is_told(c.event, told.get(c.event.occurrence, ()))]
+        if paired:
+            await self._settle_paired(db, number, paired)
+        done = {c.event.id for c in paired}
+        to_read = [c for c in thin if c.event.id not in done and self._is_to_be_read(c.event)]
+        stored = await projections.reads_of(db, {reads.key_of(c.event) for c in to_read}) if to_read else {}
+        known = {c.event.id: reads.for_event(c.event, c.second, stored.get(reads.key_of(c.event), ())) for c in to_read}
+        waiting = [event_id for event_id, read in known.items() if read is None]
+        if waiting:
+            await inbox.await_read(db, number, waiting)
+            if self.reader is not None:
+                self.reader.wake()
+        moved = await self._move(db, number, [(c, found) for c in to_read if (found := known[c.event.id])])
+        done |= moved.keys()
+        left = [c for c in batch if c.event.id not in done and known.get(c.event.id, c) is not None]
+        return [_with_read(c, known.get(c.event.id)) for c in left]
+
+    async def _move(
+        self, db: Connection, number: int, batch: Sequence[tuple[Claimed, reads.Found]]
+    ) -> dict[str, tuple[str, int]]:
+        """Give back, into their customer's lane, those that turned out to be of a customer whose lane is another."""
+        moved = {}
+        for claimed, found in batch:
+            event = claimed.event
+            customer = None if event.customer else reads.customer_of(found.read)
+            if customer is not None and lane_of(event.account, customer) != claimed.lane:
+                moved[event.id] = customer, lane_of(event.account, customer)
+        if moved:
+            await inbox.move(db, number, moved)
+            self._wake.set()
+        return moved
+
+    async def _settle_paired(self, db: Connection, number: int, batch: Sequence[Claimed]) -> None:
+        trials = [_Trial(c, min(c.attempts + 1, retry.MAX_ATTEMPTS), outcome=Outcome.paired) for c in batch]
+        with contextlib.suppress(ClaimLost):
+            await inbox.succeed(db, number, [Settled(t.event.id, t.outcome, t.attempt, 0) for t in trials])
+            self._tell(trials)
+
+    def _is_told(self, event: Event, twins: Sequence[Twin]) -> bool:
+        """Whether the snapshot of this thin event has done already whatever this one could do."""
+        return any(
+            twin.event_id == event.snapshot_event
+            and twin.status is Status.processed
+            and (twin.outcome is Outcome.handled or not self.registry.of(event.type))
+            for twin in twins
+        )
+
+    def _is_to_be_read(self, event: Event) -> bool:
+        handled = bool(self.registry.of(event.type))
+        return self.settings.may_read(event.account, livemode=event.livemode) and reads.wanted(event, handled=handled)
+
+    def _handlers_of(self, event: Event) -> tuple[handlers.Handler, ...]:
+        # A thin event whose object cannot be read, or is not there, shows nothing: only who asked for exactly that gets
+        # it. A handler that was written for snapshots would take nothing for something.
+        if event.thin and not event.read:
+            return self.registry.exactly(event.type)
+        return self.registry.of(event.type)
+
     def _chunks(self, batch: Sequence[Claimed]) -> Iterator[list[Claimed]]:
         # Suspects and slow ones run alone. Their customer's other events keep their place in line, so the lane goes
         # through alone as a whole; the other lanes go together, first.
         apart = {claimed.lane for claimed in batch if claimed.suspect or claimed.event.type in self._slow}
         together = [claimed for claimed in batch if claimed.lane not in apart]
-        handled = any(self.registry.of(claimed.event.type) for claimed in together)
+        handled = any(self._handlers_of(claimed.event) for claimed in together)
         size = MOST_HANDLED_TOGETHER if handled else max(len(together), 1)
         for start in range(0, len(together), size):
             yield together[start : start + size]
@@ -242,7 +324,7 @@ class Worker:
         trials = [_Trial(claimed, claimed.attempts + 1) for claimed in chunk]
         if self.traces is not None:
             self._trace(trials, number)
-        if len(trials) == 1 and (chunk[0].suspect or self.registry.of(trials[0].event.type)):
+        if len(trials) == 1 and (chunk[0].suspect or self._handlers_of(trials[0].event)):
             await inbox.start(db, number, trials[0].event.id, trials[0].attempt)
         try:
             async with db.transaction():
@@ -261,36 +343,46 @@ class Worker:
                 for claimed in chunk:
                     await self._run_chunk(db, number, [claimed])
             return len(trials)
-        tried = [trial for trial in trials if not trial.untried]
+        tried = [trial for trial in trials if not trial.untried and not trial.waits_for_twin]
         self._tell(tried)
         return len(tried)
 
     async def _apply(self, db: Connection, number: int, trials: Sequence[_Trial]) -> None:
         began = time.perf_counter()
-        await _project(db, trials, self._mirrored)
+        # Before anything is written: where twins are in two lanes, the other's worker holds the row.
+        await self._pair(db, [trial for trial in trials if self._handlers_of(trial.event)])
+        await _project(db, [trial for trial in trials if not trial.waits_for_twin], self._mirrored)
         share = (time.perf_counter() - began) / len(trials)
         if self.traces is not None:
             for trial in trials:
                 if trial.trace and trial.row is not None:
                     trial.trace.projected()
         savepoint = False
+        handled: set[str] = set()
         for at, trial in enumerate(trials):
             trial.seconds = share
             # Their billing rows are written, which is true anyway; their handlers are for another turn.
             trial.untried = at > 0 and time.perf_counter() - began > _TURN_SECONDS
-            if trial.untried:
+            if trial.untried or trial.waits_for_twin:
                 continue
-            wanted = self.registry.of(trial.event.type)
-            if wanted and trial.error is None:
+            wanted = self._handlers_of(trial.event)
+            if trial.paired or (wanted and trial.event.occurrence in handled):
+                trial.outcome = Outcome.paired
+            elif wanted and trial.error is None:
                 # One round trip keeps the last handler's effects and opens the way back for this one.
                 await db.execute(_NEXT_SAVEPOINT if savepoint else _FIRST_SAVEPOINT)
                 savepoint = True
                 await self._handle(db, trial, wanted)
+                if trial.error is None:
+                    handled.add(trial.event.occurrence)
+        waiting = [trial.event.id for trial in trials if trial.waits_for_twin]
+        if waiting:
+            await inbox.release(db, number, waiting, due_in=_TWIN_SECONDS)
         untried = [trial.event.id for trial in trials if trial.untried]
         if untried:
             await inbox.release(db, number, untried)
             happened_to_each("claim_given_back", ({"event_id": event_id} for event_id in untried))
-        trials = [trial for trial in trials if not trial.untried]
+        trials = [trial for trial in trials if not trial.untried and not trial.waits_for_twin]
         well = [trial for trial in trials if trial.error is None]
         if self.traces is not None:
             for trial in trials:
@@ -302,6 +394,36 @@ class Worker:
         for trial in trials:
             if trial.error is not None:
                 await self._record(db, number, trial)
+
+    async def _pair(self, db: Connection, trials: Sequence[_Trial]) -> None:
+        """Find out which of these events, all with handlers, leave the handlers to their twin.
+
+        Both kinds take the occurrence's lock before they look, so that of two workers one sees the other. A snapshot
+        that knows of no twin needs none: a twin that is stored later sees the snapshot in work.
+        """
+        told = await inbox.twins(db, [trial.event.occurrence for trial in trials]) if trials else {}
+        pairs = [
+            trial
+            for trial in trials
+            if any(twin.event_id != trial.event.id for twin in told.get(trial.event.occurrence, ()))
+            or trial.event.snapshot_event
+        ]
+        if not pairs:
+            return
+        ours = await inbox.try_occurrences(db, [trial.event.occurrence for trial in pairs])
+        # Looked up again: what the holder of a lock left behind is seen only by whoever looks after it.
+        told = await inbox.twins(db, ours)
+        here = {trial.event.id for trial in trials}
+        for trial in pairs:
+            others = [twin for twin in told.get(trial.event.occurrence, ()) if twin.event_id != trial.event.id]
+            if trial.event.occurrence not in ours:
+                trial.waits_for_twin = True
+            elif any(twin.outcome is Outcome.handled for twin in others):
+                trial.paired = True
+            elif trial.event.thin:
+                trial.waits_for_twin = any(
+                    not twin.thin and twin.status is Status.processing and twin.event_id not in here for twin in others
+                )
 
     async def _handle(self, db: Connection, trial: _Trial, wanted: Sequence[handlers.Handler]) -> None:
         began = time.perf_counter()
@@ -457,7 +579,10 @@ async def _project(db: Connection, trials: Sequence[_Trial], mirrored: frozenset
     shown = []
     for trial in trials:
         try:
-            trial.row = projections.row_of(trial.event, trial.claimed.received)
+            read = trial.claimed.read
+            trial.row = (
+                projections.row_of_read(read) if read else projections.row_of(trial.event, trial.claimed.received)
+            )
             if mirrored and mirror.wants(trial.event, mirrored):
                 shown.append(mirror.state_of(trial.event, trial.claimed.received, trial.row))
                 trial.outcome = Outcome.projected
@@ -468,5 +593,16 @@ async def _project(db: Connection, trials: Sequence[_Trial], mirrored: frozenset
     told = [(trial.event, trial.row) for trial in trials if trial.row is not None]
     superseded = await ties.project(db, told)
     for trial in trials:
-        trial.superseded = trial.event.id in superseded
+        trial.superseded = trial.row is not None and trial.row.event_id in superseded
     await mirror.project(db, [state for state in shown if state is not None], mirrored)
+
+
+def _with_read(claimed: Claimed, found: reads.Found | None) -> Claimed:
+    if found is None:
+        return claimed
+    event = claimed.event
+    body = found.body
+    if not body and projections.ends(event):
+        # Of what is gone, and was said to be, a handler sees what Stripe answers where it still answers for such.
+        body = json.dumps({"id": event.object_id, "object": event.object_type, "deleted": True}).encode()
+    return replace(claimed, event=replace(event, read=body), read=found.read)

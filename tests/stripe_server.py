@@ -35,10 +35,10 @@ class StripeServer:
     """Stripe's state, and how it feels.
 
     `events` (newest first) and webhook `endpoints` are as the API lists them; objects are put in with `show`. `faults`
-    are what goes wrong with the next answers, one each: a status (429, 500…) or HANGS. `retry_after` goes with a 429.
-    Every answer takes `slow` seconds. What begins with a path in `forbidden` is answered 403. Stripe's clock (`Date`)
-    is `ahead` seconds before this machine's. `asked` are the queries, `paths` the paths, `asked_at` the moments (of
-    time.monotonic) of all requests so far, and `accounts` whose the requests were about.
+    are what goes wrong with the next answers, one each: a status (429, 500…; 200: nothing) or HANGS. `retry_after` goes
+    with a 429. Every answer takes `slow` seconds. What begins with a path in `forbidden` is answered 403. Stripe's
+    clock (`Date`) is `ahead` seconds before this machine's. `asked` are the queries, `paths` the paths, `asked_at` the
+    moments (of time.monotonic) of all requests so far, and `accounts` whose the requests were about.
 
     `keys` are the keys there are, each with the account that it opens ('' is the platform). `events_of` are the events
     of an account in a mode, where they are others than `events`; where there are any, the platform may read the
@@ -128,6 +128,8 @@ class StripeServer:
         """`GET /v1/customers/{id}` and the like; anything else that was shown as well, by its plural."""
         collection = request.path_params["collection"]
         object_type = _COLLECTIONS.get(collection, collection.removesuffix("s"))
+        if request.url.path.startswith("/v2/core/"):
+            object_type = f"v2.core.{object_type}"
         one = self.objects.get((self._whose(request), object_type, request.path_params["id"]))
         return JSONResponse(one) if one is not None else _missing()
 
@@ -160,6 +162,8 @@ class StripeServer:
             return _error(403, "invalid_request_error", "The key may not read that account", code="account_invalid")
         if self.faults:
             status = self.faults.pop(0)
+            if status == 200:
+                return None
             if status == HANGS:
                 return _Silence()
             said = _error(status, "api_error", "a fault")
@@ -234,6 +238,7 @@ async def stripe_server() -> AsyncIterator[StripeServer]:
             _route(stripe, "/v1/{collection}", stripe.list_objects),
             _route(stripe, "/v1/customers/{id}/payment_methods", stripe.list_payment_methods),
             _route(stripe, "/{version:str}/{collection}/{id}", stripe.read_object),
+            _route(stripe, "/v2/core/{collection}/{id}", stripe.read_object),
             _route(stripe, "/{path:path}", stripe.nothing, methods=("GET", "HEAD")),
         ]
     )

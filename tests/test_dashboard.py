@@ -610,6 +610,9 @@ STANDING: dict[str, Any] = {
     "next_retry_at": None,
     "oldest_event_id": None,
     "oldest_due_seconds": 0.0,
+    "unread": 0,
+    "oldest_unread_seconds": 0.0,
+    "circuit_opened_at": None,
     "lanes_held": 0,
     "now": datetime(2026, 11, 23, 3, 0, tzinfo=UTC),
 }
@@ -647,6 +650,12 @@ def test_every_kind_of_trouble_has_its_sentence_and_the_worst_comes_first() -> N
     assert told(day={"received": 100, "failed": 11}) == [("bad", f"11{thin}% of the last 24 hours failed")]
     assert told(undecided=2) == [("warn", "2 billing rows are undecided")]
     assert told(retrying=1) == [("calm", "1 failed event is tried again by itself")]
+    away = {"circuit_opened_at": STANDING["now"] - timedelta(minutes=2), "unread": 1}
+    assert told(**away) == [("calm", "Stripe's API has not answered for 2 min")]
+    assert told(unread=3, oldest_unread_seconds=59.0) == []
+    assert told(unread=3, oldest_unread_seconds=61.0) == [("calm", "Reading from Stripe is behind")]
+    overdue = Incident("reads_overdue", "Events wait to be read from Stripe", "…", "/events?status=unread")
+    assert told(**away, incidents=[overdue]) == [("warn", "Events wait to be read from Stripe")], "said once"
     everything = told(dead=1, retrying=2, undecided=1, day={"received": 10, "failed": 5})
     assert [tone for tone, _ in everything] == ["bad", "warn", "warn", "calm"]
 
@@ -704,9 +713,13 @@ async def test_each_filter_shows_the_events_it_names_and_no_others(
     newest_first = ["evt_retrying", "evt_dead", "evt_processing", "evt_pending", "evt_processed"]
     assert await only(quiet_desk) == newest_first
     for state in STATES:
-        assert await only(quiet_desk, status=state) == (
-            ["evt_retrying", "evt_dead"] if state == "failed" else [f"evt_{state}"]
-        )
+        shown = {"failed": ["evt_retrying", "evt_dead"], "unread": []}.get(state, [f"evt_{state}"])
+        assert await only(quiet_desk, status=state) == shown
+    await db.execute(
+        "UPDATE webhook_events SET read_due_at = now(), read_try_at = now() WHERE event_id = 'evt_pending'"
+    )
+    assert await only(quiet_desk, status="unread") == await only(quiet_desk, status="pending") == ["evt_pending"]
+    assert "unread waits for Stripe" in words(await page(quiet_desk, "/events?status=unread")).replace("dw", "d w")
     assert await only(quiet_desk, type="invoice.paid") == ["evt_pending"]
     assert await only(quiet_desk, customer="cus_1") == ["evt_retrying", "evt_pending"]
     assert await only(quiet_desk, object="in_1") == ["evt_processing"]
@@ -1627,6 +1640,7 @@ _QUESTIONS: list[tuple[str, tuple[Any, ...]]] = [
     ("alerts: dead", ()),
     ("alerts: failure_rates", ()),
     ("alerts: overdue", ()),
+    ("alerts: reads_overdue", ()),
     ("alerts: never_came", ()),
     ("alerts: silence", ()),
     ("alerts: to_tell", ()),
@@ -1637,7 +1651,7 @@ _SMALL = {
     *("events", "newer_events", "limits"),  # asked above, and a setting
     *("backlog", "sample_backlog", "by_hand", "begin_replay", "tell_replay", "end_replay", "replay"),
     *(f"alerts: {name}" for name in ("alone", "open", "close", "close_bursts", "forget_untold")),
-    *(f"alerts: {name}" for name in ("told", "told_over", "missed")),
+    *(f"alerts: {name}" for name in ("told", "told_over", "missed", "stripe_refuses")),
 }
 
 

@@ -31,6 +31,7 @@ from kamiyo.doctor import (
     postgresql,
     processing,
 )
+from kamiyo.doctor.processing import unread
 from kamiyo.postgres import temporary_postgres
 from kamiyo.settings import Settings
 from kamiyo.web import create_app
@@ -243,6 +244,28 @@ async def test_events_that_wait_with_no_worker_are_told(
     await db.execute("UPDATE webhook_events SET next_try_at = now() - interval '10 minutes'")
     found = await look(settings(KAMIYO_WORKER=False), database_url)
     assert (of(found, "workers").verdict, of(found, "events").verdict) == (fail, fail), of(found, "events")
+
+
+async def test_how_asking_stripe_goes_is_told(db: Connection, database_url: str, settings: MakeSettings) -> None:
+    async def reads() -> Any:
+        return await unread(db, settings(STRIPE_SECRET_KEY=KEY))
+
+    assert of(await look(settings(), database_url), "reads").verdict is pass_
+    await db.execute("INSERT INTO webhook_api_budget DEFAULT VALUES ON CONFLICT DO NOTHING")
+    await db.execute(
+        "UPDATE webhook_api_budget SET refusals = 3, opened_at = now() - interval '90 seconds', "
+        "open_until = now() + interval '1 hour'"
+    )
+    found = await reads()
+    assert found.verdict is warn and "for 90 seconds" in found.seen
+    await db.execute(
+        "UPDATE webhook_api_budget SET refused_at = now(), refused_last_at = now(), "
+        "refused_what = 'GET /v1/invoices (403)', refusals = 0, open_until = NULL"
+    )
+    found = await reads()
+    assert found.verdict is fail and "GET /v1/invoices (403)" in found.seen
+    await db.execute("UPDATE webhook_api_budget SET refused_last_at = now() - interval '2 hours', opened_at = NULL")
+    assert (await reads()).verdict is pass_
 
 
 # ── A running server ────────────────────────────────────────────────────────────────────────────────────────────

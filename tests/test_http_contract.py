@@ -566,6 +566,7 @@ async def test_events_are_listed_newest_first_with_what_is_known_of_each(
         "outcome": None,
         "stripe_created": "2023-11-14T22:13:20Z",
         "processed_at": None,
+        "read_due_at": None,
         "attempts": 0,
         "processing_time_ms": 0.0,
         "object_type": "invoice",

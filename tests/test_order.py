@@ -22,9 +22,9 @@ from kamiyo.database import Connection
 from kamiyo.event import Event
 from kamiyo.handlers import Registry
 from kamiyo.inbox import Outcome
-from kamiyo.projections import TABLES, Row
+from kamiyo.projections import TABLES, Read, Row
 from kamiyo.receive import ready_to_project
-from kamiyo.simulator import API_VERSIONS, SimulatedEvent, World, deliveries, lifecycle
+from kamiyo.simulator import API_VERSIONS, SimulatedEvent, World, deliveries, lifecycle, thin
 from kamiyo.simulator.terms import DAY
 from tests.conftest import MakeSettings, event_json, examples, fresh_id
 from tests.turns import NOW, Tables, billing, example, read, work_off, worker_on
@@ -268,6 +268,82 @@ def progress(table: str, row: dict[str, Any]) -> tuple[Any, ...]:
         # It is incomplete only at first, and nothing follows an end. What is between comes and goes.
         return (row["status"] if row["status"] in ("incomplete", *_FINAL) else "going on",)
     return tuple(over)
+
+
+# ── Snapshots, thin events, and what Stripe's API says ──────────────────────────────────────────────────────
+
+
+@dataclass
+class Api:
+    """Stripe's API beside some lives: what a read shows that began in some second, or a little later."""
+
+    lives: Lives
+    at: dict[str, list[tuple[int, SimulatedEvent]]] = field(default_factory=lambda: defaultdict(list))
+
+    def __post_init__(self) -> None:
+        for event in self.lives.events:
+            if event.object_id is not None and projections.table_of_type(event.object):
+                self.at[event.object_id].append((event.created, event))
+
+    def read(self, event: SimulatedEvent, source: str) -> Read:
+        """The object of an event, asked for once its second was over: soon, or much later."""
+        told, rng = self.at[event.object_id or ""], self.lives.rng
+        second = rng.choice([event.created + 1, rng.choice(told)[0] + 1, told[-1][0] + 1, told[-1][0] + 9])
+        second = max(second, event.created + 1)
+        # All of the seconds before, in true order; and whatever part of its own second.
+        seen = [one for created, one in told if created < second]
+        seen += [one for created, one in told if created == second][: rng.randint(0, 3)]
+        ended = event.created if event.type in projections._LAST_TYPES else None
+        ids = (event.object, event.object_id or "", event.account, event.livemode)
+        return Read(*ids, self._shown(seen[-1]), second, source, ended)
+
+    def _shown(self, last: SimulatedEvent) -> bytes:
+        if last.type == "invoice.deleted":
+            return b""  # 404
+        if last.type == "customer.deleted":
+            return json.dumps({"id": last.object_id, "object": "customer", "deleted": True}).encode()
+        return json.dumps(last.render()["data"]["object"]).encode()
+
+    def may_be_thin_alone(self, event: SimulatedEvent) -> bool:
+        # Of what is deleted Stripe only says that: what it was, nobody would know who was not told before.
+        last = self.at[event.object_id or ""][-1][1]
+        return last.type not in ("customer.deleted", "invoice.deleted")
+
+
+@examples(6)
+@given(lives=lives(flips=True))
+async def test_thin_events_and_snapshots_in_any_mixture_and_order_end_in_the_truth_and_so_does_a_rebuild(
+    lives: Lives, db: Connection
+) -> None:
+    straight = await projected(db, lives.in_order())
+    api = Api(lives)
+    transaction = db.transaction()
+    await transaction.start()
+    try:
+        for event in deliveries(lives.events, lives.rng, duplicates=0.1):
+            kinds = lives.rng.choice(["snapshot", "thin", "snapshot and thin", "thin and snapshot"])
+            about = api.at.get(event.object_id or "")
+            for kind in kinds.split(" and "):
+                if about and kind == "thin" and (kinds != "thin" or api.may_be_thin_alone(event)):
+                    named = read(json.dumps(thin(event)).encode())
+                    await inbox.put(db, [named])
+                    told = await projections.keep_reads(db, [api.read(event, named.id)])
+                    rows = [row for row in map(projections.row_of_read, told) if row]
+                    superseded = await ties.project_rows(db, rows)
+                    assert superseded <= {row.event_id for row in rows}
+                else:
+                    snapshot = lives.worded(event)
+                    await inbox.put(db, [snapshot])
+                    row = await _row(db, snapshot)
+                    await ties.project(db, [(snapshot, row)] if row else [])
+        tables = await billing(db)
+        assert untrue(tables, lives.truth()) == []
+        assert set(undecided(tables)) <= set(undecided(straight.tables)), "a read never makes it worse"
+        await db.execute("UPDATE billing.invoices SET status = 'wrong'")
+        await rebuild.rebuild(db)
+        assert await billing(db) == tables
+    finally:
+        await transaction.rollback()
 
 
 # ── The same through every door ─────────────────────────────────────────────────────────────────────────────

@@ -5,6 +5,7 @@ would rightly read them all, so no other test can see an index go missing.
 """
 
 import json
+import time
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -16,11 +17,14 @@ from kamiyo import database, inbox, projections
 from kamiyo.database import Connection, load_queries
 from kamiyo.handlers import Registry
 from kamiyo.inbox import Filters
+from kamiyo.projections import THIN_ENDS
 from kamiyo.receive import ready_to_project
 from tests.conftest import NewDatabase, event_json, run_apart
 from tests.turns import NOW, example, read
 
 EVENTS = 20_000
+#: What one key of test mode can read.
+REACH: tuple[list[str], list[str], list[str]] = (["f"], [], [])
 BIG = ("webhook_events", "webhook_payloads", "webhook_failures", "billing")
 
 _SQL = load_queries("inbox.sql")
@@ -142,6 +146,35 @@ async def test_the_next_batch_is_found_in_the_index_of_what_is_due(mode: str, le
     assert (scanned(nodes), indexes(nodes)) == (set(), {"webhook_events_due"})
     assert rows_read(nodes, "webhook_events_due") <= 20
     await inbox.unlock(ledger)
+
+
+async def test_events_that_wait_to_be_read_are_in_nobodys_way_and_found_at_once(ledger: Connection) -> None:
+    await ledger.execute(
+        "UPDATE webhook_events SET status = 'pending', outcome = NULL, processed_at = NULL, read_due_at = now(), "
+        "read_try_at = now(), next_try_at = now() + interval '1 hour' WHERE seq % 4 = 3 AND status = 'processed'"
+    )
+    nodes = await plan(ledger, _SQL["hold"], 10, mode="force_custom_plan")
+    assert indexes(nodes) == {"webhook_events_due"}
+    assert rows_read(nodes, "webhook_events_due") <= 20
+    await inbox.unlock(ledger)
+    reader = load_queries("reader.sql")
+    nodes = await plan(ledger, reader["take"], 8, 15, list(THIN_ENDS), *REACH, mode="force_custom_plan")
+    assert scanned(nodes) == set()
+    assert rows_read(nodes, "webhook_events_read_try") <= 500
+    second = int(time.time()) + 100
+    nodes = await plan(ledger, reader["ready"], "in_3", "", False, second, "cus_1", 7, mode="force_custom_plan")
+    assert scanned(nodes) == set()
+    nodes = await plan(ledger, reader["renew"], ["evt_3", "evt_7"], 15, mode="force_custom_plan")
+    assert scanned(nodes) == set()
+    nodes = await plan(ledger, reader["not_yet_alike"], "", False, "invoice", 60, 600, mode="force_custom_plan")
+    assert "webhook_events_read_try" in indexes(nodes)
+    # All 5,000 of them, and none twice.
+    assert sum(rows_read(nodes, index) for index in indexes(nodes)) <= 2 * 5000
+    nodes = await plan(ledger, reader["told"], [], mode="force_custom_plan")
+    assert scanned(nodes) == set()
+    for query in ("health", "queue"):
+        nodes = await plan(ledger, _SQL[query], mode="force_custom_plan")
+        assert scanned(nodes) == set()
 
 
 @modes

@@ -1,10 +1,14 @@
 """Stories of reads: an object as Stripe's API gave it takes its place among the events, and never another's."""
 
+import asyncio
 import contextlib
 import json
+import os
+import sys
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -14,7 +18,7 @@ from kamiyo.database import Connection, Pool
 from kamiyo.event import lane_of
 from kamiyo.projections import PATHS, ProjectionError, Read, row_of_read
 from kamiyo.stripe_api import StripeApi
-from tests.conftest import MakeSettings, event_json
+from tests.conftest import ROOT, MakeSettings, event_json
 from tests.stripe_server import HANGS, KEY, StripeServer, stripe_server
 from tests.turns import NOW, billing, example, put, work_off, worker_on
 
@@ -229,3 +233,67 @@ async def test_a_list_is_read_page_by_page_from_where_one_left_off(
         assert pages == [(100, False), (100, False), (29, True)]
         rest = [page.value["data"] async for page, _ in api.pages(PATHS["customer"], after="cus_2")]
     assert [one["id"] for one in rest[0]] == ["cus_1", "cus_0"]
+
+
+# ── Within a budget ─────────────────────────────────────────────────────────────────────────────────────────
+
+# A process of its own, that reads as fast as it may.
+_READS = """
+import asyncio, os, sys
+from kamiyo import database
+from kamiyo.settings import Settings
+from kamiyo.stripe_api import StripeApi
+
+async def main():
+    settings = Settings(_env_file=None)
+    pool = await database.open_pool(settings.database_url.get_secret_value(), size=8, application="p", idle_limit=60)
+    api = StripeApi(pool, settings)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    await asyncio.gather(*(api.read("/v1/customers/cus_1") for _ in range(12)))
+    await api.close()
+    await pool.close()
+
+asyncio.run(main())
+"""
+
+
+async def test_two_processes_keep_one_budget_and_both_pause_when_stripe_says_so(
+    db: Connection, database_url: str, stripe: StripeServer
+) -> None:
+    stripe.show(example("customer", id="cus_1"))
+    stripe.retry_after = "1"
+    variables = {
+        "DATABASE_URL": database_url,
+        "STRIPE_SECRET_KEY": KEY,
+        "STRIPE_API_BASE": stripe.base,
+        "KAMIYO_STRIPE_API_RATE": "20",
+    }
+    processes = [
+        await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", _READS),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            env=os.environ | variables | {"PYTHONPATH": str(ROOT)},
+        )
+        for _ in range(2)
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert await process.stdout.readline() == b"ready\n"
+    await db.execute("UPDATE webhook_api_budget SET tokens = 0, filled_at = now()")
+    stripe.faults = [200] * 5 + [429]
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write(b"\n")
+        await process.stdin.drain()
+    for process in processes:
+        assert await process.wait() == 0
+    at = stripe.asked_at
+    assert len(at) == 25, "each got its answer, one of them at the second try"
+    # What was on its way when Stripe said "too much" had gone out; then nobody asked for a second.
+    pause, after = max((later - earlier, number) for number, (earlier, later) in enumerate(pairwise(at)))
+    assert pause > 0.9
+    for part in (at[: after + 1], at[after + 1 :]):
+        assert len(part) - 1 <= 20 * (part[-1] - part[0]) + 20, "20 a second, and what had gathered meanwhile"
+    assert await db.fetchval("SELECT refusals FROM webhook_api_budget") == 0

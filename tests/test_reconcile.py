@@ -180,6 +180,37 @@ async def test_of_two_processes_one_compares(
     assert len(stripe.asked) == 1
 
 
+async def test_what_a_thin_event_has_told_is_not_missing(
+    db: Connection, database_url: str, settings: MakeSettings, stripe: StripeServer
+) -> None:
+    _, stripe.events = a_life(11)
+    told = [event for event in stripe.events if event["type"] == "invoice.paid"]
+    bodies = [
+        {
+            "id": f"evt_65{number}",
+            "object": "v2.core.event",
+            "type": f"v1.{event['type']}",
+            "created": "2026-11-01T00:00:00Z",
+            "snapshot_event": event["id"],
+        }
+        for number, event in enumerate(told)
+    ]
+    await inbox.put(db, [parse(json.dumps(body).encode(), received=time.time()) for body in bodies])
+    async with asking(database_url, settings, stripe) as api:
+        compared = await reconcile(pool_of(api), api)
+    assert compared is not None and told
+    here = {event_id for (event_id,) in await db.fetch("SELECT event_id FROM webhook_events")}
+    assert not here & {event["id"] for event in told}
+    assert compared.added == len(here) - len(bodies) > 0
+
+    # Where objects are mirrored, only the snapshot shows them. It is taken in, and was not missed for that.
+    async with asking(database_url, settings, stripe) as api:
+        again = await reconcile(pool_of(api), api, mirrored=frozenset({"all"}))
+    assert again is not None and again.missed == 0
+    here = {event_id for (event_id,) in await db.fetch("SELECT event_id FROM webhook_events")}
+    assert {event["id"] for event in told} <= here
+
+
 # ── Killed at any step ────────────────────────────────────────────────────────────────────────────────────
 
 _COMPARE = """

@@ -104,6 +104,7 @@ def show_event(
     for name in (
         "attempts",
         "next_try_at",
+        "read_due_at",
         "object_type",
         "object_id",
         "customer",
@@ -256,7 +257,9 @@ def cleanup(
 def _coloured(row: asyncpg.Record) -> str:
     status = row["status"]
     dead = status == "failed" and row["next_try_at"] is None
-    return f"[{_COLOURS[status]}]{'dead' if dead else status}[/]"
+    # It waits until what it names is read from Stripe.
+    unread = status == "pending" and row["read_due_at"] is not None
+    return f"[{_COLOURS[status]}]{'dead' if dead else 'unread' if unread else status}[/]"
 
 
 def _said(value: Any) -> str:

@@ -1,8 +1,10 @@
 """`kamiyo trigger`: realistic signed events, without a Stripe account."""
 
+import contextlib
 import json
 import random
 import time
+from collections.abc import Iterator
 from typing import Annotated
 
 import httpx
@@ -33,6 +35,9 @@ def trigger(
     only: Annotated[
         bool, typer.Option("--only", help="Post the event alone, without what must come before it.")
     ] = False,
+    thin: Annotated[
+        bool, typer.Option("--thin", help="Post each event's thin twin as well, where there is one, before it.")
+    ] = False,
     repeat: Annotated[int, typer.Option(help="Post the last event this many times.", min=1, max=100)] = 1,
     seed: Annotated[int | None, typer.Option(help="The same seed makes the same ids. (default: random)")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, for scripts.")] = False,
@@ -51,7 +56,7 @@ def trigger(
     events = _events(event_type, story, seed, only)
     events += events[-1:] * (repeat - 1)
     target = url or f"http://127.0.0.1:{settings.port}/api/v1/webhooks/stripe"
-    answers = _post(events, target, settings.webhook_secrets[0], api_version)
+    answers = _post(events, target, settings.webhook_secrets[0], api_version, thin=thin)
     if as_json:
         for answer in answers:
             typer.echo(json.dumps(answer))
@@ -78,11 +83,21 @@ def _events(event_type: str | None, story: str | None, seed: int | None, only: b
     return events[-1:] if only else list(events)
 
 
-def _post(events: list[SimulatedEvent], url: str, secret: str, api_version: str) -> list[dict[str, object]]:
+def _bodies(events: list[SimulatedEvent], api_version: str, *, thin: bool) -> Iterator[tuple[str, str, bytes]]:
+    for event in events:
+        with contextlib.suppress(ValueError):  # some types have none
+            if thin:
+                twin = simulator.thin(event)
+                yield twin["id"], twin["type"], simulator.encode(twin)
+        yield event.id, event.type, event.body(api_version)
+
+
+def _post(
+    events: list[SimulatedEvent], url: str, secret: str, api_version: str, *, thin: bool
+) -> list[dict[str, object]]:
     answers: list[dict[str, object]] = []
     with httpx.Client(timeout=30) as client:
-        for event in events:
-            body = event.body(api_version)
+        for event_id, event_type, body in _bodies(events, api_version, thin=thin):
             signature = sign(body, secret, int(time.time()))
             try:
                 reply = client.post(
@@ -96,8 +111,8 @@ def _post(events: list[SimulatedEvent], url: str, secret: str, api_version: str)
             said = reply.json() if reply.headers.get("content-type", "").startswith("application/json") else {}
             answers.append(
                 {
-                    "event_id": event.id,
-                    "event_type": event.type,
+                    "event_id": event_id,
+                    "event_type": event_type,
                     "status_code": reply.status_code,
                     "message": said.get("message") or said.get("detail") or reply.reason_phrase,
                 }

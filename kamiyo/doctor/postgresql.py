@@ -71,7 +71,7 @@ async def answers(db: Connection, subject: Subject) -> AsyncIterator[Finding]:
     yield passed("migrations", f"all {len(database.migration_files())} are there")
     yield await role(db, subject.settings)
     yield await processing.workers(db)
-    for look in (processing.processed, processing.failures, processing.compared):
+    for look in (processing.processed, processing.unread, processing.failures, processing.compared):
         try:
             yield await look(db, subject.settings)
         except asyncpg.InsufficientPrivilegeError as error:

@@ -40,6 +40,33 @@ async def processed(db: Connection, settings: Settings) -> Finding:
     return passed("events", f"{'1000 or more' if count == 1000 else count} are processed, {row['backlog']} are waiting")
 
 
+async def unread(db: Connection, settings: Settings) -> Finding:
+    """What waits to be read from Stripe, and how asking goes."""
+    if not settings.api_keys:
+        return passed("reads", "without a key nothing is read from Stripe: thin events end as ignored")
+    row, asking = await inbox.queue(db), await db.fetchrow(_SQL["asking"])
+    waiting = f"{counted(row['waiting_reads'], 'event')} waiting to be read from Stripe"
+    if asking is not None and asking["refused_what"] is not None:
+        return failed(
+            "reads",
+            f"Stripe refuses a key for {asking['refused_what']}; {waiting}",
+            "Let the key read that (Stripe dashboard, API keys), or set one that exists and restart.",
+        )
+    if asking is not None and asking["open_seconds"] is not None:
+        return warning(
+            "reads",
+            f"Stripe's API has not answered for {asking['open_seconds']:.0f} seconds (the circuit is open); {waiting}",
+            "Look at status.stripe.com and at the network between here and Stripe; nothing fails meanwhile.",
+        )
+    if row["oldest_unread_seconds"] > 300:
+        return warning(
+            "reads",
+            f"{waiting}, the oldest for {row['oldest_unread_seconds'] / 60:.0f} minutes",
+            "Let a worker run with STRIPE_SECRET_KEY; raise KAMIYO_STRIPE_API_RATE where Stripe allows it.",
+        )
+    return passed("reads", f"{waiting}; Stripe answers")
+
+
 async def failures(db: Connection, settings: Settings) -> Finding:
     row, dead = await inbox.health(db), (await inbox.queue(db))["dead"]
     events, bad = row["events_last_24h"], row["failed_events_last_24h"]

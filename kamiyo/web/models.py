@@ -97,11 +97,14 @@ class EventSummary(BaseModel):
     event_id: str
     event_type: str
     status: Literal["pending", "processing", "processed", "failed"]
-    outcome: Literal["projected", "handled", "ignored"] | None
+    outcome: Literal["projected", "handled", "ignored", "paired"] | None
     created_at: datetime = Field(description="When it was committed here.")
     stripe_created: datetime = Field(description="Stripe's `created`, in whole seconds.")
     processed_at: datetime | None
     next_try_at: datetime | None = Field(description="When it runs next; null when nothing happens by itself.")
+    read_due_at: datetime | None = Field(
+        description="Since when a thin event waits until what it names is read from Stripe; null when it does not wait."
+    )
     attempts: int
     processing_time_ms: float
     object_type: str | None

@@ -19,6 +19,7 @@ from kamiyo.alerts import Alerts
 from kamiyo.database import DATABASE_ERRORS, UNAVAILABLE, Pool
 from kamiyo.errors import DatabaseUnavailable, KamiyoError
 from kamiyo.postgres import EmbeddedPostgres
+from kamiyo.reader import Reader
 from kamiyo.receive import Receiver
 from kamiyo.reconcile import keep_reconciling
 from kamiyo.settings import Settings
@@ -85,12 +86,13 @@ async def running(settings: Settings) -> AsyncIterator[System]:
             application="kamiyo",
             idle_limit=settings.handler_timeout + settings.idle_limit,
         )
+        api = StripeApi(pool, settings) if settings.worker and settings.api_keys else None
         system = System(
             settings,
             url,
             pool,
             Receiver(pool, settings, traces=traces),
-            Worker(pool, url, settings, traces=traces),
+            Worker(pool, url, settings, reader=Reader(pool, api) if api else None, traces=traces),
             Alerts(pool, settings),
             ShadowReceiver(pool, settings),
         )
@@ -100,9 +102,9 @@ async def running(settings: Settings) -> AsyncIterator[System]:
                 await _make_ready(system)
             system._serving = asyncio.create_task(_serve(system), name="kamiyo")
             aside = [asyncio.create_task(system.alerts.run(), name="kamiyo alerts")]
-            if settings.worker and settings.reconcile and settings.api_keys:
+            if api is not None and settings.reconcile:
                 comparing = keep_reconciling(
-                    *(pool, StripeApi(pool, settings)),
+                    *(pool, api),
                     random.Random(),  # noqa: S311 - nobody gains by guessing it
                     own_account=settings.stripe_account_id,
                     mirrored=settings.mirrored,
@@ -123,6 +125,8 @@ async def running(settings: Settings) -> AsyncIterator[System]:
             for task in aside:
                 task.cancel()
             await _stop(system)
+            if api is not None:
+                await api.close()
             if traces is not None:
                 await traces.flush(settings.shutdown_grace * _TO_HAND_OVER)
             happened("stopped")

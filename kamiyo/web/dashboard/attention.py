@@ -55,6 +55,7 @@ def concerns(
     found = [
         *_shut_door(secret_set),
         *_stuck(standing),
+        *_unread(standing, incidents),
         *_dead(dead, groups),
         *_failing(day, dead),
         *_incidents(incidents),
@@ -109,6 +110,22 @@ def _stuck(standing: Fields) -> list[Concern]:
     return [Concern(tone, "Processing is behind", text, "The oldest one", page)]
 
 
+def _unread(standing: Fields, incidents: Sequence[Incident]) -> list[Concern]:
+    opened: datetime | None = standing["circuit_opened_at"]
+    late = standing["oldest_unread_seconds"] >= _OVERDUE_SECONDS
+    if any(one.key == "reads_overdue" for one in incidents) or not (late or opened):
+        return []
+    many = wording.count(standing["unread"], MOST_COUNTED)
+    waiting = f"{many} {'event waits' if standing['unread'] == 1 else 'events wait'} to be read from it"
+    if opened:
+        text = f"{waiting}; none fails. It is asked again now and then, and all go on by themselves."
+        title = f"Stripe's API has not answered for {wording.span((standing['now'] - opened).total_seconds())}"
+    else:
+        title = "Reading from Stripe is behind"
+        text = f"{waiting}, {wording.span(standing['oldest_unread_seconds'])} late."
+    return [Concern("calm", title, text, "Which", "/events?status=unread")]
+
+
 def _dead(dead: int, groups: Sequence[Group]) -> list[Concern]:
     if not dead:
         return []
@@ -136,8 +153,8 @@ def _contradictions(undecided: int) -> list[Concern]:
         return []
     title = f"{wording.plural(undecided, 'billing row')} {'is' if undecided == 1 else 'are'} undecided"
     text = (
-        "Two events of one second contradict each other and nothing in them says which is later. Look the object up at "
-        "Stripe; its next event decides it here."
+        "Two events of one second contradict each other and nothing in them says which is later. With "
+        "STRIPE_SECRET_KEY they are read from Stripe by themselves; without, the object's next event decides."
     )
     return [Concern("warn", title, text, "Which", "/undecided")]
 

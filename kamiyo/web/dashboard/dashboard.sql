@@ -34,6 +34,11 @@ SELECT queue.*, oldest.event_id AS oldest_event_id,
        -- Lanes in the hands of workers: none, while events are overdue, says that no worker is at work.
        (SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND classid = 1800432 AND objsubid = 2
           AND database = (SELECT oid FROM pg_database WHERE datname = current_database())) AS lanes_held,
+       -- What waits for Stripe's API, and since when that does not answer.
+       (SELECT count(*) FROM (SELECT FROM webhook_events WHERE read_due_at <= now() LIMIT $1) AS unread) AS unread,
+       coalesce((SELECT greatest(extract(epoch FROM now() - min(read_due_at)), 0) FROM webhook_events
+                 WHERE read_due_at IS NOT NULL), 0)::float8 AS oldest_unread_seconds,
+       (SELECT opened_at FROM webhook_api_budget) AS circuit_opened_at,
        now() AS now
 FROM queue LEFT JOIN oldest ON true;
 
@@ -94,14 +99,15 @@ SELECT kind, id, account, livemode, customer, last_webhook_event_id, last_webhoo
 
 -- name: events
 -- Newest first, below the position ($10, $11). Every filter may be null; $1 is a status, or 'retrying' or 'dead', the
--- two kinds of failed. Failed is asked for by failed_at alone, which says the same (a check holds it) and names the
+-- two kinds of failed, or 'unread', a kind of pending. Failed is asked for by failed_at alone, which says the same (a check holds it) and names the
 -- partial index: asked for twice, the planner would believe that half as many are left.
 SELECT e.*, f.error_type FROM (
     SELECT seq, event_id, event_type, status, outcome, created_at, processed_at, failed_at, next_try_at, attempts,
-           processing_us, object_type, object_id, customer, account, livemode
+           processing_us, object_type, object_id, customer, account, livemode, read_due_at
     FROM webhook_events
     WHERE CASE WHEN $1::text IS NULL THEN true
                WHEN $1 IN ('failed', 'retrying', 'dead') THEN failed_at IS NOT NULL
+               WHEN $1 = 'unread' THEN read_due_at IS NOT NULL
                ELSE status = $1 END
       AND ($1 IS NULL OR $1 NOT IN ('pending', 'processing', 'retrying') OR next_try_at IS NOT NULL)
       AND ($1 IS DISTINCT FROM 'dead' OR next_try_at IS NULL)
@@ -125,10 +131,11 @@ ORDER BY e.created_at DESC, e.seq DESC;
 -- The page above the position ($10, $11), for going back: the same in the other direction, oldest first.
 SELECT e.*, f.error_type FROM (
     SELECT seq, event_id, event_type, status, outcome, created_at, processed_at, failed_at, next_try_at, attempts,
-           processing_us, object_type, object_id, customer, account, livemode
+           processing_us, object_type, object_id, customer, account, livemode, read_due_at
     FROM webhook_events
     WHERE CASE WHEN $1::text IS NULL THEN true
                WHEN $1 IN ('failed', 'retrying', 'dead') THEN failed_at IS NOT NULL
+               WHEN $1 = 'unread' THEN read_due_at IS NOT NULL
                ELSE status = $1 END
       AND ($1 IS NULL OR $1 NOT IN ('pending', 'processing', 'retrying') OR next_try_at IS NOT NULL)
       AND ($1 IS DISTINCT FROM 'dead' OR next_try_at IS NULL)

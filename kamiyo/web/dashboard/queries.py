@@ -148,7 +148,7 @@ async def sample_backlog(db: Connection) -> None:
 # ── Events ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 #: What the list of events can be narrowed to: the four statuses, and the two kinds of failed.
-STATES = ("pending", "processing", "processed", "failed", "retrying", "dead")
+STATES = ("pending", "unread", "processing", "processed", "failed", "retrying", "dead")
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,7 +127,13 @@ def money(amount: int | None, currency: str | None) -> str:
 
 
 def state(row: Fields) -> str:
-    """Where an event stands, in one word: its status, but `retrying` and `dead` for the two kinds of failed."""
+    """Where an event stands, in one word.
+
+    Its status, but `retrying` and `dead` for the two kinds of failed, and `unread` for a pending one that waits until
+    what it names is read from Stripe.
+    """
+    if row["status"] == "pending" and row.get("read_due_at") is not None:
+        return "unread"
     if row["status"] != "failed":
         return str(row["status"])
     return "dead" if row["next_try_at"] is None else "retrying"
