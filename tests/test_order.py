@@ -7,13 +7,14 @@ import json
 import random
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import permutations, zip_longest
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import Phase, given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from kamiyo import inbox, projections, rebuild, ties
@@ -24,6 +25,7 @@ from kamiyo.inbox import Outcome
 from kamiyo.projections import TABLES, Read, Row
 from kamiyo.receive import ready_to_project
 from kamiyo.simulator import API_VERSIONS, SimulatedEvent, World, deliveries, lifecycle, thin
+from kamiyo.simulator.terms import DAY
 from tests.conftest import MakeSettings, event_json, examples, fresh_id
 from tests.turns import NOW, Tables, billing, example, read, work_off, worker_on
 
@@ -189,6 +191,83 @@ async def test_told_backwards_every_event_but_the_last_state_is_superseded(lives
 def _as_plain(row: Row) -> dict[str, Any]:
     pairs = zip(projections.COLUMNS[row.table], row.values, strict=True)
     return {name: json.loads(value) if name in ("metadata", "items") else value for name, value in pairs}
+
+
+# ── What the rank alone has to tell ─────────────────────────────────────────────────────────────────────────
+
+
+@st.composite
+def crowds(draw: st.DrawFn) -> Lives:
+    """So many lives that nearly every kind of end and of step forward is among them."""
+    seed = draw(st.integers(0, 2**32))
+    world, rng = World(seed, start=NOW, payments=False), random.Random(seed)
+    return Lives(world, [lifecycle(world, rng, steps=rng.randint(1, 25)) for _ in range(30)], rng)
+
+
+def as_it_is(count: int) -> hypothesis_settings:
+    """So many examples, none made smaller: a crowd is one number, and its lives say nothing of its neighbours'."""
+    return hypothesis_settings(examples(count), phases=(Phase.reuse, Phase.generate))
+
+
+#: The columns that say that a life is over, and the states in which it is: Stripe's documentation of each object.
+_OVER = ("deleted_at", "detached_at")
+_FINAL = ("paid", "void", "canceled", "incomplete_expired")
+
+
+def is_over(fact: object) -> bool:
+    return getattr(fact, "status", None) in _FINAL or any(getattr(fact, name, None) is not None for name in _OVER)
+
+
+@as_it_is(3)
+@given(lives=crowds())
+async def test_a_final_state_is_never_left_though_a_clock_says_that_what_was_before_came_later(
+    lives: Lives, db: Connection
+) -> None:
+    ended = {event.object_id for event in lives.events if is_over(event.after)}
+
+    def late(event: SimulatedEvent) -> SimulatedEvent:
+        # Of what ended, all that was told before, by a clock a year ahead. No second has both, so no tie decides.
+        if event.object_id in ended and not is_over(event.after):
+            return replace(event, created=event.created + 366 * DAY)
+        # A subscription's end is told by its type and by its state: some deletions are lost, and a change follows.
+        lost = event.type == "customer.subscription.deleted" and lives.rng.random() < 0.5
+        return replace(event, type="customer.subscription.updated") if lost else event
+
+    sent = [lives.worded(late(event)) for event in lives.events]
+    lives.rng.shuffle(sent)
+    result = await projected(db, [sent[:200], sent[200:201], sent[201:]])
+    assert untrue(result.tables, lives.truth()) == []
+    assert undecided(result.tables) == []
+
+
+@as_it_is(12)
+@given(lives=crowds())
+def test_in_one_second_where_nothing_says_what_was_before_no_state_stands_that_is_surely_past(lives: Lives) -> None:
+    told: dict[tuple[str, str], list[ties.Observation]] = defaultdict(list)
+    for happened in lives.events:
+        event = lives.worded(replace(happened, created=NOW, before=None))
+        row = projections.row_of(event, inbox._DAWN)
+        if row is not None:
+            told[row.table, row.id].append(ties.Observation(event, row, None))
+    for place, true in lives.truth().items():
+        seen = told[place]
+        stands = ties.decide(lives.rng.sample(seen, len(seen)))
+        assert progress(place[0], _as_plain(stands)) == progress(place[0], true), place
+        if len({one.row.values for one in seen}) > 1:
+            firsts = {one.row.event_id for one in seen if one.event.type.endswith((".created", ".attached"))}
+            assert stands.event_id not in firsts, place
+
+
+def progress(table: str, row: dict[str, Any]) -> tuple[Any, ...]:
+    """What of a row only goes forward, so that the furthest of one second is the last."""
+    over = [row[name] is not None for name in _OVER if name in row]
+    if table == "invoices":
+        # Of tries to pay it, there are only ever more.
+        return *over, row["status"], row["attempt_count"]
+    if table == "subscriptions":
+        # It is incomplete only at first, and nothing follows an end. What is between comes and goes.
+        return (row["status"] if row["status"] in ("incomplete", *_FINAL) else "going on",)
+    return tuple(over)
 
 
 # ── Snapshots, thin events, and what Stripe's API says ──────────────────────────────────────────────────────
