@@ -221,6 +221,19 @@ async def test_half_bodies_are_held_up_to_a_bound_which_those_of_both_ways_share
     assert not door.through_asgi
 
 
+async def test_the_end_of_a_long_body_is_not_taken_for_a_head(
+    database_url: str, settings: MakeSettings, db: Connection
+) -> None:
+    whole = request(event_json(extra="x" * 100_000))
+    async with opened(create_app(settings(KAMIYO_WORKER=False))) as door:
+        reader, writer = await asyncio.open_connection("127.0.0.1", door.port)
+        writer.write(whole[:1000])
+        await until(lambda: _is(bool(door.through_asgi)))
+        writer.write(whole[1000:])
+        assert (await reader.read()).startswith(_END)
+        writer.close()
+
+
 async def test_where_traces_are_on_every_delivery_takes_the_way_that_is_traced(
     door: Door, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,21 +35,17 @@ DECLARE
     seen   integer;
     held   text[];
     number bigint;
-    oldest timestamptz;
-    newest timestamptz;
 BEGIN
     PERFORM pg_advisory_unlock_all();
 
     WITH due AS MATERIALIZED (
-        SELECT e.event_id, e.created_at, e.lane FROM webhook_events AS e
+        SELECT e.event_id, e.lane FROM webhook_events AS e
         WHERE e.next_try_at <= now() ORDER BY e.next_try_at, e.seq LIMIT most
     ), mine AS MATERIALIZED (
         SELECT l.lane FROM (SELECT DISTINCT d.lane FROM due AS d) AS l WHERE pg_try_advisory_lock(1800432, l.lane)
     )
-    SELECT count(*), array_agg(d.event_id) FILTER (WHERE held_by_us), min(d.created_at) FILTER (WHERE held_by_us),
-           max(d.created_at) FILTER (WHERE held_by_us)
-    INTO seen, held, oldest, newest
-    FROM (SELECT due.*, lane IN (SELECT m.lane FROM mine AS m) AS held_by_us FROM due) AS d;
+    SELECT count(*), array_agg(d.event_id) FILTER (WHERE d.lane IN (SELECT m.lane FROM mine AS m))
+    INTO seen, held FROM due AS d;
 
     -- The head of the line is another worker's: look behind it. Not in the first place, because reading the table of locks
     -- holds up everyone who takes one.
@@ -59,16 +55,13 @@ BEGIN
             WHERE locktype = 'advisory' AND classid = 1800432 AND objsubid = 2 AND pid <> pg_backend_pid()
               AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
         ), due AS MATERIALIZED (
-            SELECT e.event_id, e.created_at, e.lane FROM webhook_events AS e
+            SELECT e.event_id, e.lane FROM webhook_events AS e
             WHERE e.next_try_at <= now() AND e.lane NOT IN (SELECT t.lane FROM theirs AS t)
             ORDER BY e.next_try_at, e.seq LIMIT most
         ), mine AS MATERIALIZED (
             SELECT l.lane FROM (SELECT DISTINCT d.lane FROM due AS d) AS l WHERE pg_try_advisory_lock(1800432, l.lane)
         )
-        SELECT array_agg(d.event_id) FILTER (WHERE held_by_us), min(d.created_at) FILTER (WHERE held_by_us),
-               max(d.created_at) FILTER (WHERE held_by_us)
-        INTO held, oldest, newest
-        FROM (SELECT due.*, lane IN (SELECT m.lane FROM mine AS m) AS held_by_us FROM due) AS d;
+        SELECT array_agg(d.event_id) FILTER (WHERE d.lane IN (SELECT m.lane FROM mine AS m)) INTO held FROM due AS d;
     END IF;
 
     IF held IS NOT NULL THEN
@@ -94,9 +87,8 @@ BEGIN
                extract(epoch FROM c.stripe_created)::bigint, c.livemode, c.thin, c.account, c.context, c.api_version,
                c.object_type, c.object_id, c.customer, c.snapshot_event, c.lane, (c.attempts - c.starts::int)::smallint,
                c.suspect, c.abandoned, c.abandoned AND c.was_running, c.starts,
-               -- Which days' bodies are needed is known, so that no other day's table is touched.
-               (SELECT p.body FROM webhook_payloads AS p
-                WHERE p.created_at BETWEEN oldest AND newest AND p.seq = c.seq AND p.created_at = c.created_at)
+               -- A subquery, so that each body is looked up by its key in the one partition that has it.
+               (SELECT p.body FROM webhook_payloads AS p WHERE p.seq = c.seq AND p.created_at = c.created_at)
         FROM claimed AS c
         ORDER BY c.stripe_created, c.seq;
         IF FOUND THEN

@@ -37,8 +37,6 @@ class BoundedProtocol(HttpToolsProtocol):
         super().__init__(config, server_state, app_state, _loop)
         self._head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
-        # The request whose head was the last to be complete: uvicorn makes a cycle for each.
-        self._latest: object = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         """Give the first head its time."""
@@ -52,12 +50,13 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse what came in, and count it where it belongs to a head that is not complete."""
+        # uvicorn makes a cycle for each request, as soon as its head is complete.
+        latest = self.cycle
+        between = latest is None or latest.response_complete or not getattr(latest, "more_body", True)
         super().data_received(data)
-        cycle = self.cycle
-        if cycle is not self._latest:
-            self._latest = cycle
+        if self.cycle is not latest:
             self._end_head()
-        elif cycle is None or cycle.response_complete or not getattr(cycle, "more_body", True):
+        elif between:
             self._head_bytes += len(data)
             if self._head_bytes > MOST_HEAD_BYTES:
                 self._refuse(_TOO_LARGE, "head_too_large")
