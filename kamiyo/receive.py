@@ -219,14 +219,18 @@ class Receiver:
     async def run(self) -> None:
         """Commit group after group until `close`, reconnecting as often as it takes."""
         while not (self._closing and not self._waiting):
+            reached = False
             try:
                 async with self._pool.acquire(timeout=self._commit_timeout) as db:
+                    reached = True
                     if self._wake_worker is not None:
                         await inbox.wake_own(db)
                     await self._commit_groups(db)
             except DATABASE_ERRORS as error:
                 happened("database_away", error=type(error).__name__)
-                self._refuse(self._take(), error)
+                if not reached:
+                    # Where only a connection broke, whoever waits gets another one.
+                    self._refuse(self._take(), error)
                 await self._until_waiting(1.0)
             except asyncio.CancelledError as error:
                 # A stop that could not wait for the commit.
