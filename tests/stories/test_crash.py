@@ -21,8 +21,8 @@ from kamiyo.database import Connection
 from tests.conftest import DEADLINE, ROOT, event_json, settled, until
 from tests.turns import NOW, failures_of, put, row_of, statuses
 
-#: Seconds within which what a dead worker held runs again: a worker looks for such by itself every two. The rest is for a
-#: machine that runs other tests beside.
+#: Seconds within which what a dead worker held runs again: a worker looks for such by itself every two. The rest is for
+#: a machine that runs other tests beside.
 WITHIN_SECONDS = 20.0
 
 
