@@ -256,7 +256,7 @@ async def _ask_much(port: int, seconds: float) -> None:
 
         async def ask(call: str) -> None:
             while time.monotonic() < until:
-                # AttributeError: what anyio raises of a connection that the server cuts in the moment in which it is made.
+                # AttributeError: what anyio raises of a connection that is cut in the moment in which it is made.
                 with contextlib.suppress(httpx.HTTPError, AttributeError):
                     await client.get(call)
                 await asyncio.sleep(0)
