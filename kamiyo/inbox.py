@@ -331,19 +331,19 @@ async def of_second(
 ) -> list[tuple[Event, datetime]]:
     """The events of one object within one of Stripe's seconds, each with when it was received."""
     rows = await db.fetch(_SQL["of_second"], object_id, account, livemode, second)
-    return [(_event(row), row["created_at"]) for row in rows]
+    return [(event_of(row), row["created_at"]) for row in rows]
 
 
 async def of_object(db: Connection, object_id: str, account: str, livemode: bool) -> list[tuple[Event, datetime]]:
     """The latest 200 events of one object, each with when it was received."""
     rows = await db.fetch(_SQL["of_object"], object_id, account, livemode)
-    return [(_event(row), row["created_at"]) for row in rows]
+    return [(event_of(row), row["created_at"]) for row in rows]
 
 
 async def after(db: Connection, at: datetime, seq: int, limit: int) -> list[tuple[Event, datetime, int]]:
     """Up to `limit` snapshots after (`at`, `seq`) in order of arrival, each with when it came and its number."""
     rows = await db.fetch(_SQL["after"], at, seq, limit)
-    return [(_event(row), row["created_at"], row["seq"]) for row in rows]
+    return [(event_of(row), row["created_at"], row["seq"]) for row in rows]
 
 
 # ── By hand ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -476,7 +476,8 @@ def _replayable(filters: Filters) -> Filters:
     return filters if filters.status else replace(filters, status=Status.failed)
 
 
-def _event(row: asyncpg.Record, **more: Any) -> Event:
+def event_of(row: asyncpg.Record, **more: Any) -> Event:
+    """The event of a row that has the columns of an event under their names, and its body."""
     return Event(
         id=row["event_id"],
         type=row["event_type"],
@@ -497,7 +498,7 @@ def _event(row: asyncpg.Record, **more: Any) -> Event:
 
 def _claimed(row: asyncpg.Record) -> Claimed:
     return Claimed(
-        event=_event(row),
+        event=event_of(row),
         seq=row["seq"],
         received=row["created_at"],
         lane=row["lane"],

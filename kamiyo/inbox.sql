@@ -40,7 +40,7 @@ LEFT JOIN webhook_tombstones AS t ON t.event_id = i.event_id
 WHERE s.event_id IS NULL;
 
 -- name: receive
--- Stores new events, and processes those whose billing row is all they need: see 006_project_on_arrival.sql.
+-- Stores new events, and processes those whose billing row is all they need: see 020_thin_events.sql.
 SELECT known_event_id, known_status, is_new FROM webhook_receive(
     $1::webhook_arrival[], $2::bytea[], $3::integer[], $4::billing.customers_row[], $5::billing.subscriptions_row[],
     $6::billing.invoices_row[], $7::billing.payment_methods_row[], $8

@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 
 import asyncpg
 
-from kamiyo import handlers, projections, reads
+from kamiyo import handlers, inbox, projections, reads
 from kamiyo.database import Pool, load_queries
 from kamiyo.errors import PayloadError
 from kamiyo.event import Event, decode, lane_of, snapshot_type
@@ -193,7 +193,7 @@ class Reader:
     async def _serve(self, row: asyncpg.Record) -> None:
         """Read one object for all events that wait for it."""
         try:
-            await self._read(_event(row), _key(row), row["ended"])
+            await self._read(inbox.event_of(row), _key(row), row["ended"])
         finally:
             self._taken.pop(_key(row), None)
 
@@ -341,22 +341,4 @@ def _named(told: Read) -> _Object | None:
 
 
 def _key(row: asyncpg.Record) -> _Key:
-    return row["object_id"], row["account"], row["livemode"]
-
-
-def _event(row: asyncpg.Record) -> Event:
-    return Event(
-        id=row["event_id"],
-        type=row["event_type"],
-        created=row["stripe_created"],
-        thin=row["thin"],
-        livemode=row["livemode"],
-        account=row["account"],
-        context=row["context"],
-        api_version=row["api_version"],
-        object_type=row["object_type"],
-        object_id=row["names"],
-        customer=row["customer"],
-        snapshot_event=row["snapshot_event"],
-        body=row["body"] or b"",
-    )
+    return row["asked_id"], row["account"], row["livemode"]

@@ -33,8 +33,8 @@ WITH due AS MATERIALIZED (
     WHERE e.event_id = due.event_id AND e.status = 'pending'
     RETURNING e.event_id, due.object_id, due.account, due.livemode
 )
-SELECT o.object_id, o.account, o.livemode, e.event_id, e.event_type, e.thin, e.context, e.api_version, e.object_type,
-       e.object_id AS names, e.customer, e.snapshot_event, extract(epoch FROM e.stripe_created)::bigint AS stripe_created,
+SELECT o.object_id AS asked_id, o.account, o.livemode, e.event_id, e.event_type, e.thin, e.context, e.api_version,
+       e.object_type, e.object_id, e.customer, e.snapshot_event, extract(epoch FROM e.stripe_created)::bigint AS stripe_created,
        ARRAY(SELECT t.event_id FROM taken AS t
              WHERE t.object_id = o.object_id AND t.account = o.account AND t.livemode = o.livemode) AS taken,
        (SELECT p.body FROM webhook_payloads AS p WHERE p.seq = e.seq AND p.created_at = e.created_at) AS body,

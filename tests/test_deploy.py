@@ -191,7 +191,7 @@ def compose() -> dict[str, Any]:
 def test_a_compose_service_is_not_root_writes_nothing_but_tmp_and_waits_for_the_database(name: str) -> None:
     service = compose()["services"][name]
     assert service["user"] == "10001:10001" and service["read_only"] is True
-    assert [entry.split(":")[0] for entry in service["tmpfs"]] == ["/tmp"]  # noqa: S108 - the container's
+    assert [entry.split(":")[0] for entry in service["tmpfs"]] == ["/tmp"]  # noqa: S108 - the pod's own - the container's
     assert service["cap_drop"] == ["ALL"] and "no-new-privileges:true" in service["security_opt"]
     assert service["depends_on"]["postgres"]["condition"] == "service_healthy"
     assert service["environment"].keys() <= setting_names()
@@ -299,7 +299,7 @@ def test_a_deployment_is_locked_up_probed_and_spelled_right(deployment: dict[str
     assert pod["terminationGracePeriodSeconds"] >= Settings.model_fields["shutdown_grace"].default + 10
     assert container["resources"]["limits"]["memory"] and container["resources"]["requests"]["cpu"]
     mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
-    assert mounted == {"tmp": "/tmp"} and [volume["name"] for volume in pod["volumes"]] == ["tmp"]  # noqa: S108
+    assert mounted == {"tmp": "/tmp"} and [volume["name"] for volume in pod["volumes"]] == ["tmp"]  # noqa: S108 - the pod's own
 
 
 def test_selectors_find_what_they_are_for_and_every_deployment_has_a_disruption_budget() -> None:

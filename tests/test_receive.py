@@ -344,6 +344,23 @@ async def test_a_connection_that_is_cut_is_made_again(receiver: Receiver, db: Co
     assert set(await stored(db)) == {"evt_1", "evt_again_0", "evt_again_1", "evt_again_2"}
 
 
+async def test_who_waits_while_the_connection_breaks_is_committed_by_the_next_one(
+    receiver: Receiver, db: Connection
+) -> None:
+    blocked = "SELECT pid FROM pg_stat_activity WHERE application_name = 'receiver' AND wait_event_type = 'Lock'"
+    async with db.transaction():
+        await db.execute("LOCK TABLE webhook_events IN ACCESS EXCLUSIVE MODE")
+        first = asyncio.ensure_future(receive(receiver, event_json("evt_1")))
+        session = await until(lambda: db.fetchval(blocked))
+        second = asyncio.ensure_future(receive(receiver, event_json("evt_2")))
+        await asyncio.sleep(0)  # it has joined the line
+        await db.execute("SELECT pg_terminate_backend($1, 5000)", session)
+        with pytest.raises(DatabaseUnavailable):
+            await first
+    assert (await second).message == Message.received
+    assert set(await stored(db)) == {"evt_2"}
+
+
 async def test_a_server_that_slept_through_the_making_of_partitions_makes_them_when_the_first_event_comes(
     new_database: NewDatabase,
 ) -> None:

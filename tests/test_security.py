@@ -122,7 +122,7 @@ async def test_no_canary_is_in_a_log_line_a_metric_an_alert_or_an_answer_that_is
         emitted.append((await deliver(client, body + b" " * 2_000_000)).text)
         for key in (None, CANARIES["admin key"] + "x", CANARIES["admin key"][:-1], "\xff"):
             asked = {"X-Admin-Key": key.encode("latin-1")} if key else {}
-            emitted.append((await client.get(f"{PREFIX}/events", headers=asked)).text)  # type: ignore[arg-type]
+            emitted.append((await client.get(f"{PREFIX}/events", headers=asked)).text)  # type: ignore[arg-type]  # bytes
         for path in ("/health", "/supported-events", "/events/failed/list?limit=x", "/nowhere"):
             emitted.append((await client.get(f"{PREFIX}{path}")).text)
         emitted.append((await client.get("/metrics")).text)

@@ -81,8 +81,7 @@ async def bear_witness(db: Connection, traffic: Traffic, stripe: Stripe) -> None
         )
         await db.set_type_codec("jsonb", schema="pg_catalog", encoder=_json, decoder=str, format="text")
         await db.executemany(
-            # The names are this package's own.
-            f"INSERT INTO chaos.{table} ({', '.join(name for name, _ in columns)}) "  # noqa: S608
+            f"INSERT INTO chaos.{table} ({', '.join(name for name, _ in columns)}) "  # noqa: S608 - names of our own
             f"VALUES ({', '.join(f'${place}' for place in range(1, len(columns) + 1))})",
             [[_value(row[name], kind) for name, kind in columns] for row in rows.values()],
         )

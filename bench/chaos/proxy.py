@@ -44,8 +44,7 @@ class _Half(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Remember where to write."""
-        # uvloop's transports have the methods of asyncio's, but not its base class.
-        self.transport = transport  # type: ignore[assignment]
+        self.transport = transport  # type: ignore[assignment]  # uvloop's has asyncio's methods, not its base class
 
     def join(self, other: "_Half") -> None:
         """From now on the two are one connection."""

@@ -48,7 +48,7 @@ class Peer(ABC):
     def install(self) -> None:  # noqa: B027 - most have nothing to do
         """Fetch what it needs, once. Raises PeerUnavailable."""
 
-    async def prepare(self, lab: Lab) -> None:  # noqa: B027
+    async def prepare(self, lab: Lab) -> None:  # noqa: B027 - some have no tables of their own to make
         """Make its tables, in its empty database."""
 
     @abstractmethod
@@ -60,7 +60,7 @@ class Peer(ABC):
         """Run what it needs beside it; yields process ids by name."""
         yield {}
 
-    async def refill(self, db: Connection, numbers: range) -> None:  # noqa: B027
+    async def refill(self, db: Connection, numbers: range) -> None:  # noqa: B027 - most need no rows
         """Put back the rows it needs after its tables were emptied; events of `numbers` will be sent."""
 
     @abstractmethod

@@ -50,9 +50,18 @@ ALTER TABLE webhook_api_budget
     -- When undecided rows are looked for next; moved on by the process that does it.
     ADD COLUMN IF NOT EXISTS undecided_try_at timestamptz NOT NULL DEFAULT now();
 
--- As in 006_project_on_arrival.sql, but for the last lines of two tables: an invoice and a payment method can be known only to
--- be gone as well, since a thin event can say so and Stripe then has no more to tell. An event from before, which comes
--- late, has what was last known of them: the workers fill that in.
+-- Storing and projecting in one commit.
+--
+-- Most events need nothing but their billing row. Those are projected in the very statement that stores them, so they
+-- are processed when they are acknowledged, and no worker touches them. Where that cannot be, now or ever, the event
+-- is stored as pending and the workers do what they always do; nothing depends on this function but speed.
+--
+-- A function, because each of its statements sees what the one before it did and what others committed meanwhile
+-- (a fresh snapshot each), and still it is one round trip and one commit.
+--
+-- Any object may be known only to be gone (`billing.is_stub`): a deletion need not carry it, a thin event can say it, and
+-- Stripe then has no more to tell. An event from before, which comes late, has what was last known of it: the workers
+-- fill that in.
 CREATE OR REPLACE FUNCTION webhook_receive(
     arrivals webhook_arrival[],
     bodies bytea[],

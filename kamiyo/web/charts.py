@@ -81,7 +81,7 @@ def _drawing(parts: Sequence[str], titles: Sequence[str], label: str) -> Markup:
         for step, title in enumerate(titles)
     )
     # What goes in is numbers made here, and texts that were escaped.
-    return Markup(  # noqa: S704
+    return Markup(  # noqa: S704 - numbers, and texts that were escaped
         f'<svg class="chart" role="img" aria-label="{escape(label)}" preserveAspectRatio="none" '
         f'viewBox="0 0 {max(len(titles), 1) * _STEP} {_HEIGHT}">{"".join(parts)}{"".join(hits)}</svg>'
     )

@@ -78,5 +78,4 @@ def tree(payload: dict[str, Any], link: Callable[[str], str]) -> Markup | None:
         nodes = [part for key, value in payload.items() for part in growing.node(key, value, 1)]
     except (_Full, ValueError):  # Python writes no number of more than 4300 digits
         return None
-    # What goes in is words made here, and texts that were escaped.
-    return Markup(f'<ul class="tree">{"".join(nodes)}</ul>')  # noqa: S704
+    return Markup(f'<ul class="tree">{"".join(nodes)}</ul>')  # noqa: S704 - texts that were escaped
