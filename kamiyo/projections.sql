@@ -198,7 +198,8 @@ ORDER BY object_id, account, livemode, gone
 ON CONFLICT (object_id, account, livemode, gone) DO UPDATE SET
     asked_to = greatest(r.asked_to, excluded.asked_to),
     stripe_second = CASE WHEN excluded.rank > r.rank THEN excluded.stripe_second ELSE r.stripe_second END,
-    ended = CASE WHEN excluded.rank > r.rank THEN excluded.ended ELSE r.ended END,
+    -- Of two answers of one second either may be the one that was asked for because a life had ended.
+    ended = CASE WHEN excluded.rank > r.rank THEN coalesce(excluded.ended, r.ended) ELSE coalesce(r.ended, excluded.ended) END,
     source = CASE WHEN excluded.rank > r.rank THEN excluded.source ELSE r.source END,
     body = CASE WHEN excluded.rank > r.rank THEN excluded.body ELSE r.body END,
     read_at = CASE WHEN excluded.rank > r.rank THEN excluded.read_at ELSE r.read_at END,

@@ -247,6 +247,21 @@ async def test_a_thin_deletion_and_a_thin_detachment_end_what_was_known(
     assert sorted(seen, key=str) == sorted(ended, key=str)
 
 
+async def test_an_end_that_is_told_while_stripes_clock_stands_still_takes_one_read(
+    db: Connection, database_url: str, settings: MakeSettings, stripe: StripeServer
+) -> None:
+    canceled = example("subscription", id="sub_1", customer="cus_1", status="canceled")
+    stripe.show(canceled)
+    async with house(database_url, settings, stripe) as here:
+        for number, kind in enumerate(("created", "deleted")):
+            # The second answer is of the first one's second, or of the one before it.
+            stripe.ahead = -float(number)
+            await put(db, thin_json(f"v1.customer.subscription.{kind}", canceled, f"evt_65{kind}"))
+            await here.work(db)
+    assert len(stripe.paths) == 2
+    assert set((await statuses(db)).values()) == {"processed"}
+
+
 async def test_of_what_is_known_only_to_be_gone_a_late_event_still_tells_what_it_was(
     db: Connection, database_url: str, settings: MakeSettings, stripe: StripeServer
 ) -> None:

@@ -3,11 +3,13 @@
     make chaos SECONDS=60 SEED=7        or: kamiyo chaos --seconds 60 --seed 7
 
 Real processes (two API servers, two workers, a PostgreSQL) live through a storm that a seed decides, while a simulated
-Stripe posts the lives of thousands of customers. In the end the tables are judged, in SQL.
+Stripe posts the lives of thousands of customers, and answers what it is asked about them. In the end the tables are
+judged, in SQL.
 
     schedule    what breaks, when: from the seed alone
     traffic     what Stripe sends, when, in which disorder: from the seed alone
     stripe      posts it, and retries what was not answered 2xx
+    stripe_api  Stripe's API, in a process of its own: what thin events name is read there
     proxy       the wire between Kamiyo and PostgreSQL, which can be cut
     crew        the processes: started, killed, paused, started again
     storm       does what the schedule says

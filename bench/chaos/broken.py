@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.chaos.variables import BROKEN
-from kamiyo import inbox, projections, receive, worker
+from kamiyo import event, inbox, projections, receive, worker
 from kamiyo.database import Connection
 
 # How long the forbidden moment lasts in a broken build, in seconds. A real fault's is shorter and is met more rarely;
@@ -90,6 +90,14 @@ def _ignore_lanes() -> None:
     _replace(inbox, "claim_or_wait", let_go)
 
 
+def _ignore_twins() -> None:
+    async def pair_nobody(self: worker.Worker, db: Connection, trials: Sequence[Any]) -> None:
+        return None
+
+    _replace(event.Event, "occurrence", property(lambda self: self.id))
+    _replace(worker.Worker, "_pair", pair_nobody)
+
+
 def _forget_the_dead() -> None:
     _change_claims(lambda batch: [claimed for claimed in batch if not claimed.abandoned])
 
@@ -116,5 +124,6 @@ FAULTS: dict[str, Fault] = {
     "settles-outside-transaction": Fault(_settle_outside_transaction, "doubled"),
     "orders-by-arrival": Fault(_order_by_arrival, "backwards"),
     "ignores-lanes": Fault(_ignore_lanes, "overlapped"),
+    "ignores-twins": Fault(_ignore_twins, "doubled"),
     "forgets-the-dead": Fault(_forget_the_dead, "stuck"),
 }

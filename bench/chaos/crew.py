@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -37,6 +38,7 @@ class Member:
     _process: asyncio.subprocess.Process | None = None
     _asked_to_stop: bool = False
     _log_is_full: bool = False
+    _stays_down: float = 0.0
 
     @property
     def pid(self) -> int | None:
@@ -54,9 +56,9 @@ class Member:
             while True:
                 began = time.monotonic()
                 await self._once()
-                await asyncio.sleep(
-                    _RESTART_SECONDS if time.monotonic() - began > _TOO_SOON_SECONDS else _TOO_SOON_SECONDS
-                )
+                pause = _RESTART_SECONDS if time.monotonic() - began > _TOO_SOON_SECONDS else _TOO_SOON_SECONDS
+                pause, self._stays_down = max(pause, self._stays_down), 0.0
+                await asyncio.sleep(pause)
         finally:
             await self._end()
 
@@ -128,6 +130,11 @@ class Member:
             if process is self._process:
                 self.signal(signal.SIGCONT)
 
+    def kill_for(self, seconds: float) -> None:
+        """SIGKILL; it is not started again before `seconds` have passed."""
+        self._stays_down = seconds
+        self.signal(signal.SIGKILL)
+
     async def log_to_full_disk(self, seconds: float) -> None:
         """Start the process anew with its log on a full disk; after `seconds`, anew with its own."""
         self._log_is_full = True
@@ -168,13 +175,26 @@ async def working(ports: Sequence[int], workers: int, env: Mapping[str, str], fo
         ],
         [Member(f"worker{number}", (*python, "worker"), env, folder) for number in range(workers)],
     )
-    lives = [asyncio.create_task(member.live()) for member in crew.members]
-    try:
+    async with supervised(*crew.members):
         yield crew
+
+
+@contextlib.asynccontextmanager
+async def supervised(*members: Member) -> AsyncIterator[None]:
+    """These run, and are started again whenever they end, while the block runs."""
+    lives = [asyncio.create_task(member.live()) for member in members]
+    try:
+        yield
     finally:
         for life in lives:
             life.cancel()
         await asyncio.gather(*lives, return_exceptions=True)
+
+
+def die_with_parent() -> None:
+    """End this process when the harness does: one that is killed cannot end its processes; Linux does it then."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def environment(**variables: str) -> dict[str, str]:

@@ -7,7 +7,6 @@ them back.
 
 import asyncio
 import contextlib
-import ctypes
 import json
 import os
 import random
@@ -21,6 +20,7 @@ from pathlib import Path
 import asyncpg
 
 from bench.chaos import broken
+from bench.chaos.crew import die_with_parent
 from bench.chaos.traffic import HANDLED, Fate, owner_of
 from bench.chaos.variables import FATES_FILE, MARKS_URL, TELL_TASKS
 from kamiyo import Bury, Event, Retry, on
@@ -97,18 +97,12 @@ def _fates() -> dict[str, Fate]:
     return {event_id: Fate(fate) for event_id, fate in told.items()}
 
 
-def _die_with_parent() -> None:
-    # A harness that is killed cannot end its processes; Linux does it then.
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
 def _tell_tasks(*_: object) -> None:
     for task in asyncio.all_tasks():
         task.print_stack(file=sys.stderr)
 
 
-_die_with_parent()
+die_with_parent()
 signal.signal(TELL_TASKS, _tell_tasks)
 broken.apply()
 _marks = _Marks()

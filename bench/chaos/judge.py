@@ -3,16 +3,26 @@
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from bench.chaos.stripe import Stripe
+from bench.chaos.stripe_api import Call
 from bench.chaos.traffic import Traffic
 from kamiyo.database import Connection
 
 _HERE = Path(__file__).parent
+
+_READS = """
+SELECT (SELECT count(*) FROM chaos.sent WHERE thin AND answered > 0) AS thin,
+       (SELECT count(*) FROM chaos.sent WHERE thin AND twin AND answered > 0) AS twins,
+       (SELECT count(*) FROM chaos.calls WHERE status IN (200, 404)) AS reads,
+       (SELECT count(*) FROM chaos.calls WHERE status NOT IN (200, 404)) AS refused,
+       (SELECT count(DISTINCT (place, object_id)) FROM chaos.ties) AS ties
+"""
 
 #: The counts of the last line that must be 0, in its order.
 FAULTS = ("lost", "doubled", "backwards", "overlapped", "stuck")
@@ -32,14 +42,31 @@ class Finding:
         return self.question.partition("_")[0]
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What Stripe's API was asked.
+
+    `rate` is how much the budget allows in a second. `spare`: so many requests more may come late and together, from
+    processes that were stopped between taking leave to ask and asking.
+    """
+
+    calls: Sequence[Call]
+    rate: int
+    spare: int
+
+
 @dataclass(frozen=True)
 class Verdict:
-    """What the run came to. `events` are those acknowledged, `duplicates` acknowledged copies beyond the first."""
+    """What the run came to. `events` are those acknowledged, `duplicates` acknowledged copies beyond the first.
+
+    `reads` are the counts of what had to do with Stripe's API, by their names.
+    """
 
     events: int
     kills: int
     duplicates: int
     findings: tuple[Finding, ...]
+    reads: dict[str, int]
 
     def count(self, fault: str) -> int:
         """How many faults of this kind."""
@@ -51,14 +78,24 @@ class Verdict:
         faults = " ".join(f"{fault}={self.count(fault)}" for fault in FAULTS)
         return f"events={self.events} kills={self.kills} duplicates={self.duplicates} {faults}"
 
+    @property
+    def reads_line(self) -> str:
+        """Thin events, those among them with a twin, what was read and what Stripe refused, and ties that were read."""
+        return " ".join(f"{name}={count}" for name, count in self.reads.items())
+
 
 async def prepare(db: Connection) -> None:
     """Make the tables and triggers of the harness, in a database with Kamiyo's."""
     await db.execute((_HERE / "tables.sql").read_text(encoding="utf-8"))
 
 
-async def bear_witness(db: Connection, traffic: Traffic, stripe: Stripe) -> None:
-    """Write down what was sent and promised, and what Stripe says."""
+async def bear_witness(db: Connection, traffic: Traffic, stripe: Stripe, asked: Asked) -> None:
+    """Write down what was sent and promised, what Stripe was asked, and what it says."""
+    await db.execute("INSERT INTO chaos.budget VALUES ($1, $2)", float(asked.rate), float(asked.spare))
+    await db.copy_records_to_table(
+        "calls", schema_name="chaos", records=((call.at, call.status, call.path) for call in asked.calls)
+    )
+    await db.copy_records_to_table("unseen", schema_name="chaos", records=sorted(traffic.unseen))
     await db.copy_records_to_table(
         "sent",
         schema_name="chaos",
@@ -69,6 +106,7 @@ async def bear_witness(db: Connection, traffic: Traffic, stripe: Stripe) -> None
                 *(letter.handled, letter.fate.value),
                 letter.fate.tries if letter.fate.is_poison else None,
                 *(stripe.answered[number], stripe.last_status.get(number, "never sent")),
+                *(letter.thin, letter.twin, letter.occurrence),
             )
             for number, letter in enumerate(traffic.letters)
         ),
@@ -102,7 +140,8 @@ async def judge(db: Connection, *, events: int, kills: int, duplicates: int) -> 
     findings: list[Finding] = []
     for name, question in questions().items():
         findings += [Finding(name, what, why) for what, why in await db.fetch(question)]
-    return Verdict(events, kills, duplicates, tuple(findings))
+    reads = dict(await db.fetchrow(_READS) or {})
+    return Verdict(events, kills, duplicates, tuple(findings), reads)
 
 
 def questions() -> dict[str, str]:

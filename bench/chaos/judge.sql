@@ -16,10 +16,18 @@ LEFT JOIN webhook_payloads AS p ON p.seq = e.seq AND p.created_at = e.created_at
 WHERE md5(p.body) IS DISTINCT FROM s.body;
 
 -- name: lost_effects
--- Said to be handled, and nothing came of it.
+-- Said to be handled, and nothing came of it: neither of it nor of its twin.
 SELECT s.event_id AS what, 'processed, and without its effect' AS why
 FROM chaos.sent AS s JOIN webhook_events AS e USING (event_id)
-WHERE s.handled AND e.status = 'processed' AND NOT EXISTS (SELECT FROM chaos.ledger AS l WHERE l.event_id = s.event_id);
+WHERE s.handled AND e.status = 'processed'
+  AND NOT EXISTS (SELECT FROM chaos.sent AS t JOIN chaos.ledger AS l ON l.event_id = t.event_id
+                  WHERE t.occurrence = s.occurrence);
+
+-- name: lost_reads
+-- A try that was used up because Stripe did not give what the event is about: reads wait, events do not fail.
+SELECT f.event_id AS what, f.error_type || ': ' || f.error_message AS why
+FROM webhook_failures AS f JOIN chaos.sent AS s USING (event_id)
+WHERE s.thin AND (f.error_type LIKE 'Stripe%' OR f.error_type = 'PayloadGone');
 
 -- name: lost_neighbours
 -- Given up, though nothing is wrong with it: punished for what happened around it.
@@ -62,6 +70,13 @@ SELECT l.event_id AS what, count(*) || ' effects, and it is ' || coalesce(min(e.
 FROM chaos.ledger AS l LEFT JOIN webhook_events AS e USING (event_id)
 GROUP BY l.event_id
 HAVING count(*) > 1 OR min(e.status) IS DISTINCT FROM 'processed';
+
+-- name: doubled_occurrences
+-- Told by two events, a snapshot and its thin twin, and handled for each of them.
+SELECT s.occurrence AS what, count(*) || ' effects of one occurrence: of ' || string_agg(l.event_id, ', ') AS why
+FROM chaos.ledger AS l JOIN chaos.sent AS s USING (event_id)
+GROUP BY s.occurrence
+HAVING count(DISTINCT l.event_id) > 1;
 
 -- name: doubled_balances
 -- The balances do not add up to the ledger.
@@ -111,7 +126,11 @@ FROM (
     SELECT 'payment_methods', b.id, to_jsonb(b), to_jsonb(t)
     FROM billing.payment_methods AS b LEFT JOIN chaos.payment_methods AS t USING (id, account, livemode)
 ) AS compared
-WHERE stripes IS NULL OR EXISTS (SELECT FROM jsonb_each(stripes) WHERE value IS DISTINCT FROM ours -> key);
+WHERE stripes IS NULL OR EXISTS (
+    SELECT FROM jsonb_each(stripes) WHERE value IS DISTINCT FROM ours -> key
+    AND (key = 'deleted_at' OR NOT EXISTS (SELECT FROM chaos.unseen AS u WHERE u.object_id = compared.object_id
+                                           AND u.account = ours ->> 'account'))
+);
 
 -- name: backwards_meanwhile
 -- A billing row that was overwritten by an older event, even if it was right again in the end.
@@ -129,17 +148,18 @@ FROM (
 WHERE inverted;
 
 -- name: backwards_unsaid
--- A newer event of the object had been handled already, and the handler of this one was not told.
+-- A newer event of the object had been handled already, and the handler of this one was not told. (A thin event shows
+-- the object as it is now, so it is never behind.)
 SELECT event_id AS what, 'handled after a newer one of ' || object_id || ', and not told that it is superseded' AS why
 FROM (
     SELECT l.event_id, l.superseded, e.object_id, e.stripe_created,
-           max(e.stripe_created) OVER (PARTITION BY e.account, e.object_type, e.object_id ORDER BY l.id) AS newest
+           max(e.stripe_created) OVER (PARTITION BY e.account, e.object_type, e.object_id ORDER BY l.id) AS newest, e.thin
     FROM chaos.ledger AS l JOIN webhook_events AS e USING (event_id)
     WHERE e.object_type IN ('customer', 'subscription', 'invoice', 'payment_method')
       -- What ends an object is the newest of it whatever the clock says.
-      AND e.event_type NOT IN ('customer.deleted', 'customer.subscription.deleted', 'invoice.paid', 'payment_method.detached')
+      AND regexp_replace(e.event_type, '^v1\.', '') NOT IN ('customer.deleted', 'customer.subscription.deleted', 'invoice.paid', 'payment_method.detached')
 ) AS handled
-WHERE stripe_created < newest AND NOT superseded;
+WHERE stripe_created < newest AND NOT superseded AND NOT thin;
 
 -- name: overlapped_marks
 -- When this run began, another one of the same owner had not ended, and its transaction was open.
@@ -163,6 +183,27 @@ WHERE started_at < busy_until;
 SELECT l.event_id AS what, 'took effect without both marks' AS why
 FROM chaos.ledger AS l LEFT JOIN chaos.runs AS r ON r.id = l.run
 WHERE r.ended_at IS NULL;
+
+-- name: overlapped_reads
+-- More requests to Stripe's API than all processes together may make: over whatever length of time, what the rate gives
+-- in it, and what it gives in one second at once. Of each second, the worst moment.
+SELECT to_timestamp(floor(at))::text AS what,
+       round(max(level)::numeric, 1) || ' requests ahead of the rate, and ' || allowed || ' are allowed' AS why
+FROM (
+    SELECT at, rate + spare AS allowed, n - rate * at - min(n - 1 - rate * at) OVER (ORDER BY n) AS level
+    FROM (SELECT at, row_number() OVER (ORDER BY at) AS n FROM chaos.calls) AS numbered, chaos.budget
+) AS levels
+WHERE level > allowed
+GROUP BY floor(at), allowed;
+
+-- name: stuck_reads
+-- Everything is at rest, and this one still waits to be read.
+SELECT e.event_id AS what, 'waits to be read since ' || e.read_due_at AS why
+FROM webhook_events AS e WHERE e.read_due_at IS NOT NULL;
+
+-- name: stuck_ties
+-- Nothing in the events decides what this row must say, and Stripe, which could, was not asked.
+SELECT id AS what, 'undecided in ' || place AS why FROM chaos.undecided;
 
 -- name: stuck_events
 -- Everything is at rest, and this one has neither outcome nor end.

@@ -5,6 +5,7 @@ import json
 import logging
 import random
 import signal
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -14,22 +15,27 @@ import asyncpg
 import uvloop
 
 from bench.chaos.broken import FAULTS
-from bench.chaos.crew import Crew, environment, working
+from bench.chaos.crew import Crew, Member, environment, supervised, working
 from bench.chaos.ground import Folder, free_ports, listening, own_disk, postgres
-from bench.chaos.judge import Verdict, bear_witness, judge
+from bench.chaos.judge import Asked, Verdict, bear_witness, judge
 from bench.chaos.proxy import carrying
 from bench.chaos.schedule import APIS, WORKERS, schedule
 from bench.chaos.storm import ADMIN_KEY, Storm, narrate
 from bench.chaos.stripe import SECRET, Stripe
+from bench.chaos.stripe_api import KEY, Control
 from bench.chaos.traffic import Fate, Traffic, traffic
 from bench.chaos.variables import BROKEN, FATES_FILE, MARKS_URL, TELL_TASKS
 from kamiyo.postgres import EmbeddedPostgres
+from kamiyo.reader import TOGETHER
 from kamiyo.retry import MAX_ATTEMPTS, delay_after
 
 _log = logging.getLogger("chaos")
 
 #: Events a second: what two cores take beside all the rest of this.
 RATE = 90.0
+
+#: Requests a second that Stripe's API may be asked, by all processes together. Few, so that they run out.
+API_RATE = 15
 
 # Findings of one kind that are shown.
 _SHOWN = 5
@@ -56,8 +62,8 @@ class Pace:
     def longest_wait(self) -> float:
         """The longest time in which nothing happens though something is still to come: the wait for the last try, or
         until a dead worker's session is ended, by PostgreSQL or by another worker's next maintenance turn, and its
-        events are found."""
-        return 1.2 * (delay_after(MAX_ATTEMPTS - 1, first=self.first_retry) or 0) + self.fence + 15
+        events are found, or until a dead reader's objects are read by another while Stripe is avoided."""
+        return 1.2 * (delay_after(MAX_ATTEMPTS - 1, first=self.first_retry) or 0) + self.fence + 30
 
 
 def pace_of(seconds: float) -> Pace:
@@ -113,13 +119,27 @@ async def _run(seconds: float, seed: int, broken: str | None, pace: Pace, *, kee
             flush=True,
         )
         async with postgres((disk or folder.path) / "postgres") as server, carrying(server.url) as proxy:
-            ports = free_ports(APIS)
+            *ports, api_port = free_ports(APIS + 1)
+            control = Control(folder.path)
+            words = {"port": api_port, "folder": folder.path, "seed": seed, "seconds": seconds, "rate": RATE}
+            stripe_api = Member(
+                "stripe",
+                (
+                    sys.executable,
+                    "-m",
+                    "bench.chaos.stripe_api",
+                    *(f"--{name}={value}" for name, value in words.items()),
+                ),
+                environment(),
+                folder.path,
+            )
             stripe = Stripe(sent.letters, ports, random.Random(f"stripe/{seed}"))
-            env = _environment(proxy.url, server.url, sent, folder.path, pace, broken)
-            async with working(ports, WORKERS, env, folder.path) as crew:
-                await listening(ports)
+            env = _environment(proxy.url, server.url, api_port, sent, folder.path, pace, broken)
+            async with supervised(stripe_api), working(ports, WORKERS, env, folder.path) as crew:
+                await listening([*ports, api_port])
                 rng = random.Random(f"targets/{seed}")
-                storm = Storm(crew, proxy, stripe, server, rng, pace.fence, pace.grace, disk)
+                storm = Storm(crew, proxy, stripe, stripe_api, control, server, rng, pace.fence, pace.grace, disk)
+                control.begin(time.time())
                 posting = asyncio.create_task(stripe.post(sent.postings))
                 try:
                     await storm.rage(blows)
@@ -134,7 +154,8 @@ async def _run(seconds: float, seed: int, broken: str | None, pace: Pace, *, kee
                 kills = storm.kills
             if not posting.cancelled():
                 posting.result()
-            verdict = await _verdict(server, sent, stripe, kills)
+            asked = Asked(control.calls(), rate=API_RATE, spare=WORKERS * TOGETHER)
+            verdict = await _verdict(server, sent, stripe, asked, kills)
         if keep or (verdict.findings and broken is None):
             folder.keep()
             print(f"logs: {folder.path}")
@@ -158,7 +179,10 @@ async def _rest(server: EmbeddedPostgres, pace: Pace) -> bool:
         deadline = time.monotonic() + 4 * pace.longest_wait + 30
         seen, seen_at = -1, time.monotonic()
         while time.monotonic() < min(deadline, seen_at + pace.longest_wait):
-            waiting = await db.fetchval("SELECT count(*) FROM webhook_events WHERE next_try_at IS NOT NULL")
+            waiting = await db.fetchval(
+                "SELECT (SELECT count(*) FROM webhook_events WHERE next_try_at IS NOT NULL)"
+                " + (SELECT count(*) FROM chaos.undecided)"
+            )
             changes = await db.fetchval("SELECT coalesce(max(id), 0) FROM chaos.history")
             if not waiting:
                 _log.info("everything is at rest")
@@ -166,7 +190,7 @@ async def _rest(server: EmbeddedPostgres, pace: Pace) -> bool:
             if changes != seen:
                 seen, seen_at = changes, time.monotonic()
             await asyncio.sleep(0.1)
-        _log.info("%d events do not come to rest", waiting)
+        _log.info("%d events, or rows, do not come to rest", waiting)
         return False
     finally:
         await db.close()
@@ -181,7 +205,8 @@ SELECT a.pid, a.application_name, a.state, a.wait_event_type, a.wait_event, now(
 FROM pg_stat_activity AS a WHERE a.backend_type = 'client backend' AND a.pid <> pg_backend_pid()
 """
 _WAITING = """
-SELECT event_id, event_type, customer, lane, status, attempts, suspect, claim, started_at, next_try_at - now() AS due_in
+SELECT event_id, event_type, customer, lane, status, attempts, suspect, claim, started_at,
+       next_try_at - now() AS due_in, read_try_at - now() AS read_in
 FROM webhook_events WHERE next_try_at IS NOT NULL ORDER BY lane, stripe_created, seq
 """
 
@@ -203,17 +228,17 @@ async def _why_not(server: EmbeddedPostgres, crew: Crew, folder: Path) -> None:
     await asyncio.sleep(1)
 
 
-async def _verdict(server: EmbeddedPostgres, sent: Traffic, stripe: Stripe, kills: int) -> Verdict:
+async def _verdict(server: EmbeddedPostgres, sent: Traffic, stripe: Stripe, asked: Asked, kills: int) -> Verdict:
     db = await asyncpg.connect(server.url)
     try:
-        await bear_witness(db, sent, stripe)
+        await bear_witness(db, sent, stripe, asked)
         return await judge(db, events=len(stripe.answered), kills=kills, duplicates=stripe.duplicates)
     finally:
         await db.close()
 
 
 def _environment(
-    url: str, marks_url: str, sent: Traffic, folder: Path, pace: Pace, broken: str | None
+    url: str, marks_url: str, api_port: int, sent: Traffic, folder: Path, pace: Pace, broken: str | None
 ) -> dict[str, str]:
     fates = folder / "fates.json"
     fates.write_text(
@@ -229,6 +254,11 @@ def _environment(
         KAMIYO_FIRST_RETRY_DELAY=str(pace.first_retry),
         KAMIYO_SHUTDOWN_GRACE=str(pace.grace),
         KAMIYO_COMMIT_TIMEOUT="3",
+        STRIPE_SECRET_KEY=KEY,
+        STRIPE_API_BASE=f"http://127.0.0.1:{api_port}",
+        KAMIYO_STRIPE_API_RATE=str(API_RATE),
+        KAMIYO_STRIPE_API_TIMEOUT="2",
+        KAMIYO_RECONCILE="false",
         # Few, so that they run out.
         KAMIYO_POOL_SIZE="6",
         KAMIYO_WORKER_CONCURRENCY="3",
@@ -259,4 +289,5 @@ def _print(verdict: Verdict, broken: str | None) -> None:
         fault = FAULTS[broken].caught_as
         caught = verdict.count(fault)
         print(f"{broken}: {f'caught, {fault}={caught}' if caught else f'NOT CAUGHT, {fault}=0'}")
+    print(verdict.reads_line)
     print(verdict.last_line, flush=True)

@@ -32,6 +32,10 @@ class Act(StrEnum):
     lock = "lock"  # somebody in psql locks a table
     log_full = "log_full"  # a process writes its log to a full disk
     disk_full = "disk_full"  # PostgreSQL's disk is full
+    stripe_busy = "stripe_busy"  # its API answers 429 for a while
+    stripe_fails = "stripe_fails"  # 500
+    stripe_hangs = "stripe_hangs"  # nothing, until the caller gives up
+    kill_stripe = "kill_stripe"  # SIGKILL of the API, which stays away for a while
     clock = "clock"  # the sender's clock jumps, so its signatures are too old or too new
 
 
@@ -68,6 +72,10 @@ _DECK: dict[Act, tuple[int, float, float]] = {
     Act.exhaust: (1, 0.5, 2.0),
     Act.lock: (1, 0.3, 2.0),
     Act.clock: (1, 0.5, 2.0),
+    Act.stripe_busy: (2, 0.5, 3.0),
+    Act.stripe_fails: (1, 0.5, 3.0),
+    Act.stripe_hangs: (1, 0.5, 3.0),
+    Act.kill_stripe: (1, 0.5, 3.0),
     Act.log_full: (1, 3.0, 6.0),
     Act.pause_api: (1, 0.5, 2.0),
     Act.disk_full: (1, 0.8, 2.5),
@@ -75,7 +83,7 @@ _DECK: dict[Act, tuple[int, float, float]] = {
 }
 
 # What even the shortest storm has.
-_FIRST = (Act.kill_worker, Act.kill_api, Act.crash_postgres, Act.swallow, Act.pause_worker)
+_FIRST = (Act.kill_worker, Act.kill_api, Act.crash_postgres, Act.swallow, Act.pause_worker, Act.stripe_busy)
 
 _GAP_SECONDS = (0.25, 1.9)
 
@@ -102,7 +110,7 @@ def schedule(seed: int, seconds: float, *, fence: float, disk: bool = True) -> l
 
 
 def _deal(rng: random.Random) -> Iterator[Act]:
-    """Acts without end: first the five that matter most, then one of each other, then as the deck has them."""
+    """Acts without end: first the six that matter most, then one of each other, then as the deck has them."""
     others = [act for act in _DECK if act not in _FIRST]
     yield from rng.sample(_FIRST, len(_FIRST))
     yield from rng.sample(others, len(others))

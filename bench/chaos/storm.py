@@ -16,10 +16,11 @@ from pathlib import Path
 import asyncpg
 import httpx
 
-from bench.chaos.crew import Crew
+from bench.chaos.crew import Crew, Member
 from bench.chaos.proxy import Flow, Proxy
 from bench.chaos.schedule import Act, Blow
 from bench.chaos.stripe import Stripe
+from bench.chaos.stripe_api import NOTHING, Control, Mood
 from kamiyo.database import DATABASE_ERRORS, Connection
 from kamiyo.postgres import EmbeddedPostgres, EmbeddedPostgresError
 
@@ -52,6 +53,8 @@ class Storm:
     crew: Crew
     proxy: Proxy
     stripe: Stripe
+    stripe_api: Member
+    control: Control
     server: EmbeddedPostgres
     rng: random.Random
     fence: float
@@ -95,6 +98,10 @@ class Storm:
             Act.lock: self._lock,
             Act.log_full: self._log_full,
             Act.disk_full: self._disk_full,
+            Act.stripe_busy: self._stripe_busy,
+            Act.stripe_fails: self._stripe_fails,
+            Act.stripe_hangs: self._stripe_hangs,
+            Act.kill_stripe: self._kill_stripe,
             Act.clock: self._clock,
         }
         await acts[blow.act](blow)
@@ -122,6 +129,25 @@ class Storm:
     async def _log_full(self, blow: Blow) -> None:
         members = self.crew.members
         await members[blow.target % len(members)].log_to_full_disk(blow.seconds)
+
+    # ── Stripe's API ────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _stripe_busy(self, blow: Blow) -> None:
+        await self._stripe_feels(Mood(429, blow.share, retry_after=1 + blow.target % 2), blow.seconds)
+
+    async def _stripe_fails(self, blow: Blow) -> None:
+        await self._stripe_feels(Mood(500, blow.share), blow.seconds)
+
+    async def _stripe_hangs(self, blow: Blow) -> None:
+        await self._stripe_feels(Mood(NOTHING, blow.share), blow.seconds)
+
+    async def _stripe_feels(self, mood: Mood, seconds: float) -> None:
+        with self.control.feeling(mood):
+            await asyncio.sleep(seconds)
+
+    async def _kill_stripe(self, blow: Blow) -> None:
+        # None of Kamiyo's processes, so it does not count as a kill.
+        self.stripe_api.kill_for(blow.seconds)
 
     # ── PostgreSQL ──────────────────────────────────────────────────────────────────────────────────────────────
 

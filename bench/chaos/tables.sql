@@ -84,6 +84,30 @@ BEGIN
     RETURN NULL;
 END $$;
 
+-- Every time that nothing in the events decided what a row must say.
+CREATE TABLE chaos.ties (
+    place      text        NOT NULL,
+    object_id  text        NOT NULL,
+    event_id   text        NOT NULL,
+    at         timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+
+CREATE FUNCTION chaos.remember_tie() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    INSERT INTO chaos.ties (place, object_id, event_id) VALUES (TG_TABLE_NAME, NEW.id, NEW.last_webhook_event_id);
+    RETURN NULL;
+END $$;
+
+-- Rows that wait for Stripe to decide.
+CREATE VIEW chaos.undecided AS
+SELECT 'customers' AS place, id FROM billing.customers WHERE order_evidence = 'undecided'
+UNION ALL
+SELECT 'subscriptions', id FROM billing.subscriptions WHERE order_evidence = 'undecided'
+UNION ALL
+SELECT 'invoices', id FROM billing.invoices WHERE order_evidence = 'undecided'
+UNION ALL
+SELECT 'payment_methods', id FROM billing.payment_methods WHERE order_evidence = 'undecided';
+
 DO $$
 DECLARE
     place text;
@@ -92,6 +116,9 @@ BEGIN
         EXECUTE format(
             'CREATE TRIGGER chaos_remember_regression AFTER UPDATE ON billing.%I FOR EACH ROW '
             'WHEN (NEW.last_event_rank < OLD.last_event_rank) EXECUTE FUNCTION chaos.remember_regression()', place);
+        EXECUTE format(
+            'CREATE TRIGGER chaos_remember_tie AFTER INSERT OR UPDATE ON billing.%I FOR EACH ROW '
+            'WHEN (NEW.order_evidence = ''undecided'') EXECUTE FUNCTION chaos.remember_tie()', place);
         -- What Stripe says, filled in at the end.
         EXECUTE format('CREATE TABLE chaos.%I (LIKE billing.%I)', place, place);
         EXECUTE format(
@@ -102,6 +129,7 @@ END $$;
 
 -- What was sent, filled in at the end. `answered`: how many deliveries of it were answered 2xx. `handled`: a user's
 -- handler is registered for it. `tries`: how many failed tries must be recorded; null for what must be processed.
+-- `occurrence` is what it has in common with its `twin` of the other kind, where that was sent as well.
 CREATE TABLE chaos.sent (
     event_id   text    PRIMARY KEY,
     event_type text    NOT NULL,
@@ -111,5 +139,16 @@ CREATE TABLE chaos.sent (
     fate       text    NOT NULL,
     tries      integer,
     answered   integer NOT NULL,
-    last_status text   NOT NULL
+    last_status text   NOT NULL,
+    thin       boolean NOT NULL,
+    twin       boolean NOT NULL,
+    occurrence text    NOT NULL
 );
+CREATE INDEX ON chaos.sent (occurrence);
+
+-- Objects that are gone, of which only thin events told: of those, only that they are gone can be known.
+CREATE TABLE chaos.unseen (account text NOT NULL, object_id text NOT NULL);
+
+-- Every request that Stripe's API was asked, and the budget: see `Asked` in judge.py.
+CREATE TABLE chaos.calls (at float8 NOT NULL, status integer NOT NULL, path text NOT NULL);
+CREATE TABLE chaos.budget (rate float8 NOT NULL, spare float8 NOT NULL);
