@@ -290,9 +290,16 @@ class Reader:
             if await db.fetchval(_SQL["take_undecided"], every) is None:
                 return 0
             rows = await db.fetch(_SQL["undecided"], _UNDECIDED_AT_ONCE, *self._reach)
+            known = await projections.reads_of(db, {(row["id"], row["account"], row["livemode"]) for row in rows})
         settled = 0
-        for kind, object_id, account, livemode, event_id, rank in rows:
+        for kind, object_id, account, livemode, event_id, rank, is_known in rows:
             second = projections.second_of(rank)
+            if is_known:
+                told = [one.read for one in known.get((object_id, account, livemode), ())]
+                if told and await self._apply(max(told, key=projections.rank_of_read)):
+                    happened("tie_settled", object_id=object_id, event_id=event_id)
+                    settled += 1
+                continue
             path = f"{PATHS[kind]}/{object_id}"
             wanted = _Object(kind, object_id, account, livemode, path, event_id, second if rank >> 56 else None)
             try:

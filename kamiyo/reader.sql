@@ -112,8 +112,9 @@ UPDATE webhook_api_budget SET undecided_try_at = now() + make_interval(secs => $
 WHERE undecided_try_at <= now() RETURNING true;
 
 -- name: undecided
--- Rows that nothing in their events decides, a few at a time, and that Stripe was not asked about since. Drawn, so that
--- those that Stripe does not give are not in the way of the others.
+-- Rows that nothing in their events decides, a few at a time. Drawn, so that those that Stripe does not give are not in the
+-- way of the others. Not those that Stripe was asked about since, unless what it said was never applied: the thin event that
+-- it was asked for had no use for it any more, since its twin was handled meanwhile (`is_known`).
 WITH rows AS (
     (SELECT 'customer' AS object_type, id, account, livemode, last_webhook_event_id, last_event_rank
      FROM billing.customers WHERE order_evidence = 'undecided')
@@ -127,11 +128,13 @@ WITH rows AS (
     (SELECT 'payment_method', id, account, livemode, last_webhook_event_id, last_event_rank
      FROM billing.payment_methods WHERE order_evidence = 'undecided')
 )
-SELECT object_type, id, account, livemode, last_webhook_event_id, last_event_rank FROM rows
-WHERE (livemode = ANY ($2::boolean[]) OR (account, livemode) IN (SELECT * FROM unnest($3::text[], $4::boolean[])))
-  AND NOT EXISTS (
-    SELECT FROM webhook_reads AS r
+SELECT object_type, id, account, livemode, last_webhook_event_id, last_event_rank, r.rank IS NOT NULL AS is_known
+FROM rows LEFT JOIN LATERAL (
+    SELECT CASE WHEN length(r.body) > 0 THEN r.rank ELSE 0 END AS rank FROM webhook_reads AS r
     WHERE r.object_id = rows.id AND r.account = rows.account AND r.livemode = rows.livemode
       AND extract(epoch FROM r.asked_to) > billing.second_of(rows.last_event_rank)
-)
+    ORDER BY 1 DESC LIMIT 1
+) AS r ON true
+WHERE (livemode = ANY ($2::boolean[]) OR (account, livemode) IN (SELECT * FROM unnest($3::text[], $4::boolean[])))
+  AND (r.rank IS NULL OR r.rank > last_event_rank)
 ORDER BY random() LIMIT $1;

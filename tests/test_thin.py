@@ -781,6 +781,36 @@ async def test_what_no_event_decides_is_read_by_one_of_many(
         assert len(stripe.paths) == 3, "what Stripe does not have is not asked for again and again"
 
 
+async def test_what_was_read_for_a_thin_event_that_its_twin_left_nothing_to_do_still_decides_its_row(
+    db: Connection, database_url: str, settings: MakeSettings, stripe: StripeServer
+) -> None:
+    ada = example("customer", id="cus_1", name="Ada", metadata={})
+    marked = {**ada, "metadata": {"k": "1"}}
+    stripe.show(ada)
+    async with house(database_url, settings, stripe) as here:
+        await put(db, thin_json("v1.customer.updated", ada, "evt_65thin", snapshot_event="evt_a"))
+        await here.worker.run_once(db)
+        assert await here.reader.run_once() == 1
+        # It is read; but before a worker comes to it, another has what both snapshots tell: a change and its undoing.
+        await db.execute("UPDATE webhook_events SET next_try_at = now() + interval '1 hour'")
+        await put(
+            db,
+            event_json("evt_a", "customer.updated", ada, previous={"metadata": {"k": "1"}}, created=NOW),
+            event_json("evt_z", "customer.updated", marked, previous={"metadata": {"k": None}}, created=NOW),
+        )
+        while await here.worker.run_once(db):
+            pass
+        await due_now(db)
+        await here.work(db)
+        assert (await row_of(db, "evt_65thin"))["outcome"] == "paired"
+        row = (await billing(db))["customers", "cus_1"]
+        assert (row["order_evidence"], row["metadata"]) == ("undecided", {"k": "1"})
+        assert await here.reader.settle_undecided() == 1
+    row = (await billing(db))["customers", "cus_1"]
+    assert (row["order_evidence"], row["metadata"]) == ("decided", {})
+    assert stripe.paths == ["/v1/customers/cus_1"], "what it has said already is not asked for again"
+
+
 async def test_two_readers_read_nothing_twice(
     db: Connection, database_url: str, settings: MakeSettings, stripe: StripeServer
 ) -> None:

@@ -121,18 +121,10 @@ async def _run(seconds: float, seed: int, broken: str | None, pace: Pace, *, kee
         async with postgres((disk or folder.path) / "postgres") as server, carrying(server.url) as proxy:
             *ports, api_port = free_ports(APIS + 1)
             control = Control(folder.path)
-            words = {"port": api_port, "folder": folder.path, "seed": seed, "seconds": seconds, "rate": RATE}
-            stripe_api = Member(
-                "stripe",
-                (
-                    sys.executable,
-                    "-m",
-                    "bench.chaos.stripe_api",
-                    *(f"--{name}={value}" for name, value in words.items()),
-                ),
-                environment(),
-                folder.path,
-            )
+            told = {"port": api_port, "folder": folder.path, "seed": seed, "seconds": seconds, "rate": RATE}
+            words = (sys.executable, "-m", "bench.chaos.stripe_api", *(f"--{name}={it}" for name, it in told.items()))
+            words += ("--gentle",) if broken is not None else ()
+            stripe_api = Member("stripe", words, environment(), folder.path)
             stripe = Stripe(sent.letters, ports, random.Random(f"stripe/{seed}"))
             env = _environment(proxy.url, server.url, api_port, sent, folder.path, pace, broken)
             async with supervised(stripe_api), working(ports, WORKERS, env, folder.path) as crew:

@@ -222,7 +222,7 @@ def _undone(world: World, life: Sequence[SimulatedEvent]) -> Sequence[SimulatedE
 
 
 def traffic(seed: int, seconds: float, *, rate: float, gentle: bool = False) -> Traffic:
-    """About `rate` events a second for `seconds`; if `gentle`, without what takes a process, or long to come to rest."""
+    """About `rate` events a second for `seconds`; if `gentle`, without what takes a process, or long to rest."""
     worlds, lives = live(seed, seconds, rate=rate, gentle=gentle)
     postings = sorted((posting for life in lives for posting in life.postings), key=lambda posting: posting.at)
     due = {posting.letter: posting.at for posting in reversed(postings)}
