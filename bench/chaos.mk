@@ -3,7 +3,7 @@
 #   make chaos                    ten minutes, a new seed (it is printed)
 #   make chaos SECONDS=120        the cut that CI runs
 #   make chaos SECONDS=60 SEED=7  the same storm as the last time with 7
-#   make faults                   five broken builds, each of which has to be caught
+#   make faults                   six broken builds, each of which has to be caught
 #   make load                     two servers on one customer, for a minute
 
 .PHONY: chaos faults load

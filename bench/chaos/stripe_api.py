@@ -143,7 +143,7 @@ class Objects:
         return shape(event.after, CURRENT_API_VERSION, livemode=event.livemode), now
 
 
-class StripeApi:
+class SimulatedApi:
     """Answers `GET /v1/…/{id}`."""
 
     def __init__(self, objects: Objects, control: Control, rng: random.Random) -> None:
@@ -190,7 +190,7 @@ def _error(status: int, kind: str) -> Response:
 
 
 @contextlib.asynccontextmanager
-async def answering(api: StripeApi, port: int = 0) -> AsyncIterator[str]:
+async def answering(api: SimulatedApi, port: int = 0) -> AsyncIterator[str]:
     """The API on this port of the loopback (0: any) while the block runs; its address."""
     door = socket.create_server(("127.0.0.1", port))
     config = uvicorn.Config(
@@ -205,7 +205,7 @@ async def answering(api: StripeApi, port: int = 0) -> AsyncIterator[str]:
         await serving
 
 
-async def _serve(api: StripeApi, port: int) -> None:
+async def _serve(api: SimulatedApi, port: int) -> None:
     async with answering(api, port):
         await asyncio.Event().wait()
 
@@ -221,7 +221,7 @@ def _main() -> None:
     parser.add_argument("--gentle", action="store_true")
     given = parser.parse_args()
     _, lives = live(given.seed, given.seconds, rate=given.rate, gentle=given.gentle)
-    api = StripeApi(Objects(lives), Control(given.folder), random.Random(f"stripe api/{given.seed}"))
+    api = SimulatedApi(Objects(lives), Control(given.folder), random.Random(f"stripe api/{given.seed}"))
     asyncio.run(_serve(api, given.port))
 
 

@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -19,17 +20,20 @@ import asyncpg
 import pytest
 
 from bench.chaos.broken import FAULTS
-from bench.chaos.judge import bear_witness, judge, prepare, questions
+from bench.chaos.judge import Asked, bear_witness, judge, prepare, questions
 from bench.chaos.proxy import carrying
 from bench.chaos.schedule import schedule
 from bench.chaos.stripe import Stripe
-from bench.chaos.traffic import traffic
+from bench.chaos.stripe_api import KEY, Control, Mood, Objects, SimulatedApi, answering
+from bench.chaos.traffic import Told, live, traffic
 from kamiyo import database, inbox
 from kamiyo.cli import chaos as command
 from kamiyo.database import Connection
 from kamiyo.errors import KamiyoError
 from kamiyo.event import Event
 from kamiyo.handlers import Registry
+from kamiyo.reader import Reader
+from kamiyo.stripe_api import StripeApi
 from kamiyo.web import create_app, system
 from kamiyo.worker import Worker
 from tests.conftest import (
@@ -52,7 +56,7 @@ _LAST_LINE = re.compile(
 # Real processes against the clock of a real machine: these run after the others, one by one.
 pytestmark = pytest.mark.alone
 
-_FAULTS_TRIED = ("acknowledges-before-commit", "settles-outside-transaction", "orders-by-arrival")
+_FAULTS_TRIED = ("acknowledges-before-commit", "settles-outside-transaction", "orders-by-arrival", "ignores-twins")
 
 
 @contextlib.contextmanager
@@ -85,6 +89,9 @@ def test_a_storm_loses_nothing_doubles_nothing_and_applies_nothing_backwards() -
         said, narrated = storm.communicate(timeout=110)
     last = _LAST_LINE.fullmatch(said.splitlines()[-1])
     assert last is not None, said + narrated
+    reads = dict(word.split("=") for word in said.splitlines()[-2].split())
+    assert int(reads["twins"]) > 50
+    assert int(reads["reads"]) > 20
     events, kills, duplicates, *faults = map(int, last.groups())
     assert faults == [0] * 5, said
     assert storm.returncode == 0
@@ -100,7 +107,7 @@ _by_itself = pytest.mark.skipif(os.environ.get("KAMIYO_STORM") != "1", reason="b
 
 @pytest.fixture(scope="module")
 def broken_storms() -> Iterator[dict[str, "subprocess.Popen[str]"]]:
-    """A storm for each of three broken builds, side by side: together they take hardly longer than one."""
+    """A storm for each of some broken builds, side by side: together they take hardly longer than one."""
     with contextlib.ExitStack() as stack:
         yield {
             name: stack.enter_context(_storm("--seconds", "5", "--seed", "5", "--broken", name))
@@ -129,6 +136,35 @@ def test_the_seed_decides_the_storm_and_the_traffic_and_nothing_else_does() -> N
     assert one.letters == again.letters
     assert one.postings == again.postings
     assert {letter.event_id for letter in one.letters}.isdisjoint(letter.event_id for letter in other.letters)
+    # The API of the same storm is another process: it makes the same lives up for itself.
+    assert [life.events for life in one.lives] == [life.events for life in live(7, 20, rate=30)[1]]
+
+
+async def test_the_api_of_the_storm_shows_each_object_as_it_is_before_anything_of_it_is_posted(tmp_path: Path) -> None:
+    sent = traffic(7, 20, rate=30)
+    objects = Objects(sent.lives)
+    assert {life.told for life in sent.lives} == set(Told)
+    for posting in sent.postings:
+        life = next(one for one in reversed(sent.lives) if one.first <= posting.letter)
+        event, _ = life.sent[posting.letter - life.first]
+        if event.object_id is not None:
+            shown, second = objects.show(event.account, event.object_id, posting.at)
+            assert second >= event.created
+            assert shown is not None or "deleted" in {one.type.rpartition(".")[2] for one in life.events}
+        assert (
+            objects.show(event.account, life.events[0].object_id or "", min(at for at, _ in life.seconds) - 1)[0]
+            is None
+        )
+
+    control = Control(tmp_path)
+    assert control.told()[0] < 0, "it has not begun"
+    control.begin(time.time() - 5)
+    with control.feeling(Mood(500, 1.0)):
+        with control.feeling(Mood(429, 0.5, retry_after=2)):
+            assert control.told()[1] == Mood(429, 0.5, retry_after=2)
+        at, mood = control.told()
+        assert (mood, at > 4) == (Mood(500, 1.0), True)
+    assert control.told()[1] is None
 
 
 def test_kamiyo_chaos_says_what_is_missing_outside_of_a_checkout(
@@ -144,6 +180,9 @@ _SABOTAGE = {
     "lost_events": "DELETE FROM webhook_events WHERE event_id = the_event()",
     "lost_bodies": "UPDATE webhook_payloads SET body = body || 'x'::bytea",
     "lost_effects": "DELETE FROM chaos.ledger WHERE event_id = the_event()",
+    "lost_reads": "INSERT INTO webhook_failures "
+    "(event_id, event_type, retry_count, error_type, error_message, fingerprint) "
+    "SELECT event_id, event_type, 1, 'StripeUnavailable', 'away', '' FROM webhook_events WHERE thin LIMIT 1",
     "lost_neighbours": "UPDATE webhook_events SET status = 'failed', outcome = NULL, failed_at = now() "
     "WHERE event_id = the_event()",
     "lost_rows": "DELETE FROM billing.invoices WHERE id = (SELECT min(id) FROM billing.invoices)",
@@ -151,6 +190,10 @@ _SABOTAGE = {
     "SELECT date_trunc('minute', created_at), event_type, 0, -1, 0, 0 FROM webhook_events WHERE event_id = the_event()",
     "doubled_effects": "INSERT INTO chaos.ledger (event_id, owner, run, claim, superseded) "
     "SELECT event_id, owner, run, claim, superseded FROM chaos.ledger WHERE event_id = the_event()",
+    "doubled_occurrences": "INSERT INTO chaos.ledger (event_id, owner, run, claim, superseded) "
+    "SELECT t.event_id, l.owner, l.run, l.claim, l.superseded FROM chaos.ledger AS l "
+    "JOIN chaos.sent AS s USING (event_id) "
+    "JOIN chaos.sent AS t ON t.occurrence = s.occurrence AND t.event_id <> s.event_id LIMIT 1",
     "doubled_balances": "UPDATE chaos.accounts SET credits = credits + 1",
     "doubled_outcomes": "INSERT INTO chaos.history (event_id, was, became, attempts) "
     "VALUES (the_event(), 'processing', 'processed', 1)",
@@ -165,6 +208,11 @@ _SABOTAGE = {
     "overlapped_marks": "UPDATE chaos.runs SET beside = ARRAY[1]",
     "overlapped_effects": "UPDATE chaos.runs SET ended_at = ended_at + interval '1 day'",
     "overlapped_nothing": "UPDATE chaos.runs SET ended_at = NULL",
+    "overlapped_reads": "INSERT INTO chaos.calls "
+    "SELECT 1790000000, 200, '/v1/customers/cus_1' FROM generate_series(1, 200)",
+    "stuck_reads": "UPDATE webhook_events SET status = 'pending', outcome = NULL, next_try_at = now(), "
+    "read_due_at = now(), read_try_at = now() WHERE event_id = (SELECT min(event_id) FROM webhook_events WHERE thin)",
+    "stuck_ties": "UPDATE billing.customers SET order_evidence = 'undecided'",
     "stuck_events": "UPDATE webhook_events SET status = 'pending', outcome = NULL, next_try_at = now() "
     "WHERE event_id = the_event()",
     "stuck_unanswered": "UPDATE chaos.sent SET answered = 0 WHERE event_id = the_event()",
@@ -173,20 +221,28 @@ _SABOTAGE = {
 
 
 async def test_the_judge_finds_nothing_where_nothing_is_wrong_and_every_question_finds_its_sabotage(
-    new_database: NewDatabase, settings: MakeSettings
+    new_database: NewDatabase, settings: MakeSettings, tmp_path: Path
 ) -> None:
     url = new_database()
     db = await database.connect(url, application="test")
     await prepare(db)
-    sent = traffic(3, 2, rate=100, gentle=True)
+    sent = traffic(3, 2, rate=100)
     await put(db, *(letter.body for letter in sent.letters))
-    worker = await worker_on(url, settings())
-    await work_off(worker, db)
-    await worker.pool.close()
+    control = Control(tmp_path)
+    control.begin(time.time() - 1000)
+    async with answering(SimulatedApi(Objects(sent.lives), control, random.Random(0))) as base:
+        worker = await worker_on(url, settings(STRIPE_SECRET_KEY=KEY, STRIPE_API_BASE=base, KAMIYO_STRIPE_API_RATE=100))
+        api = StripeApi(worker.pool, worker.settings)
+        worker.reader = Reader(worker.pool, api, worker.registry)
+        while await work_off(worker, db) or await worker.reader.run_once():
+            pass
+        assert await worker.reader.settle_undecided() > 0
+        await api.close()
+        await worker.pool.close()
     stripe = Stripe(sent.letters, [], random.Random(0))
     for number in range(len(sent.letters)):
         stripe.answered[number] = 1
-    await bear_witness(db, sent, stripe)
+    await bear_witness(db, sent, stripe, Asked(control.calls(), rate=100, spare=0))
     # What handlers would have left behind, one run after the other.
     await db.execute(
         """
@@ -194,17 +250,22 @@ async def test_the_judge_finds_nothing_where_nothing_is_wrong_and_every_question
         INSERT INTO chaos.runs (event_id, owner, attempt, backend, started_at, ended_at)
         SELECT s.event_id, s.owner, 1, 1, to_timestamp(2 * n), to_timestamp(2 * n + 1)
         FROM (SELECT *, row_number() OVER (ORDER BY e.stripe_created, e.seq) AS n
-              FROM chaos.sent JOIN webhook_events AS e USING (event_id, event_type)) AS s
+              FROM chaos.sent JOIN webhook_events AS e USING (event_id, event_type)
+              WHERE NOT (sent.twin AND sent.thin)) AS s
         WHERE s.handled ORDER BY n;
         INSERT INTO chaos.ledger (event_id, owner, run, claim, superseded)
         SELECT event_id, owner, id, 1, false FROM chaos.runs ORDER BY id;
         INSERT INTO chaos.accounts SELECT owner, count(*) FROM chaos.ledger GROUP BY owner;
         CREATE FUNCTION the_event() RETURNS text LANGUAGE sql STABLE AS
-            $$ SELECT event_id FROM chaos.runs ORDER BY id LIMIT 1 $$;
+            $$ SELECT r.event_id FROM chaos.runs AS r JOIN chaos.sent AS s USING (event_id)
+               WHERE NOT s.twin AND NOT s.thin ORDER BY r.id LIMIT 1 $$;
         """
     )
     clean = await judge(db, events=1, kills=0, duplicates=0)
     assert clean.findings == ()
+    assert clean.reads["thin"] > clean.reads["twins"] > 0
+    assert clean.reads["reads"] == len(control.calls())
+    assert clean.reads_line.startswith(f"thin={clean.reads['thin']} twins=")
     assert clean.last_line == "events=1 kills=0 duplicates=0 lost=0 doubled=0 backwards=0 overlapped=0 stuck=0"
     assert set(_SABOTAGE) == set(questions())
     for question, sabotage in _SABOTAGE.items():
