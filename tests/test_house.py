@@ -19,7 +19,7 @@ FLOORS: list[set[str]] = [
     {"errors"},
     {"settings", "telemetry"},
     {"signature", "event", "retry", "watchdog", "tracing"},
-    {"envelope"},
+    {"envelope", "shapes"},
     {"postgres", "database"},
     {"stripe_api"},
     {"projections"},
