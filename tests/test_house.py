@@ -214,4 +214,4 @@ def test_sql_is_never_put_together_from_values() -> None:
         )
     ]
     # `CREATE DATABASE` takes no parameter, and the name is a constant; the doctor words advice, and runs none of it.
-    assert {place.split(":")[0] for place in found} <= {"kamiyo.postgres", "kamiyo.doctor.postgresql"}
+    assert {place.split(":")[0] for place in found} <= {"kamiyo.postgres.server", "kamiyo.doctor.postgresql"}
