@@ -137,7 +137,8 @@ async def _run(seconds: float, seed: int, broken: str | None, pace: Pace, *, kee
                     await storm.rage(blows)
                     _log.info("the storm is over")
                     await _answered(posting, stripe)
-                    if not await _rest(server, pace):
+                    # An event that is taken up and put back for ever is never at rest either. A broken build may be.
+                    if not await _rest(server, pace, 0 if broken else 3 * pace.longest_wait + 30):
                         await _why_not(server, crew, folder.path)
                 finally:
                     posting.cancel()
@@ -163,12 +164,14 @@ async def _answered(posting: "asyncio.Task[None]", stripe: Stripe) -> None:
             return
 
 
-async def _rest(server: EmbeddedPostgres, pace: Pace) -> bool:
-    """Wait until every event is at rest, or until it is clear that some never will be; say which."""
+async def _rest(server: EmbeddedPostgres, pace: Pace, patience: float) -> bool:
+    """Wait until every event is at rest, or until it is clear that some never will be; say which.
+
+    That is when nothing has changed for the longest wait, or things still change `patience` seconds after it.
+    """
     db = await asyncpg.connect(server.url)
     try:
-        # An event that is taken up and put back for ever is never at rest either.
-        deadline = time.monotonic() + 4 * pace.longest_wait + 30
+        deadline = time.monotonic() + pace.longest_wait + patience
         seen, seen_at = -1, time.monotonic()
         while time.monotonic() < min(deadline, seen_at + pace.longest_wait):
             waiting = await db.fetchval(
