@@ -259,18 +259,24 @@ CREATE TABLE IF NOT EXISTS webhook_counts_by_hour (
     PRIMARY KEY (hour, event_type)
 );
 
-CREATE OR REPLACE FUNCTION webhook_count_inserted() RETURNS trigger LANGUAGE plpgsql AS $$
+-- A later migration may have made another of it, and running this file again must not undo that.
+DO $do$
 BEGIN
-    INSERT INTO webhook_count_changes
-    SELECT date_trunc('minute', created_at), event_type, count(*), count(*) FILTER (WHERE status = 'processed'),
-           count(*) FILTER (WHERE status = 'failed'), sum(processing_us)
-    FROM came GROUP BY 1, 2;
-    -- Whoever stores an event wakes the workers; equal notices of one transaction arrive as one.
-    IF EXISTS (SELECT FROM came WHERE next_try_at IS NOT NULL) THEN
-        PERFORM pg_notify('webhook_events', '');
+    IF to_regprocedure('webhook_count_inserted()') IS NULL THEN
+        CREATE FUNCTION webhook_count_inserted() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            INSERT INTO webhook_count_changes
+            SELECT date_trunc('minute', created_at), event_type, count(*), count(*) FILTER (WHERE status = 'processed'),
+                   count(*) FILTER (WHERE status = 'failed'), sum(processing_us)
+            FROM came GROUP BY 1, 2;
+            -- Whoever stores an event wakes the workers; equal notices of one transaction arrive as one.
+            IF EXISTS (SELECT FROM came WHERE next_try_at IS NOT NULL) THEN
+                PERFORM pg_notify('webhook_events', '');
+            END IF;
+            RETURN NULL;
+        END $$;
     END IF;
-    RETURN NULL;
-END $$;
+END $do$;
 
 CREATE OR REPLACE FUNCTION webhook_count_updated() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
