@@ -17,7 +17,7 @@ from kamiyo.database import Connection
 from kamiyo.errors import EventUnknown, RoleRefused, SettingsError
 from kamiyo.web import create_app
 from kamiyo.web.system import running
-from tests.conftest import ADMIN_KEY, ROOT, SECRET, Log, NewDatabase, settings_for, until, with_database
+from tests.conftest import ADMIN_KEY, ROOT, SECRET, Log, NewDatabase, Served, settings_for, until, with_database
 
 
 def kamiyo(folder: Path, *words: str, **variables: str) -> tuple[int, str, str]:
@@ -157,3 +157,35 @@ async def test_an_event_that_is_not_there_is_named(db: Connection) -> None:
         await inbox.one(db, "evt_nowhere")
     with pytest.raises(EventUnknown, match="Event not found: evt_nowhere"):
         await inbox.retry(db, "evt_nowhere")
+
+
+# ── The full check ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def check(url: str, **variables: str) -> tuple[int, str]:
+    """Exit status and words of `./scripts/test_webhooks.sh`, as printed."""
+    environment = {**os.environ, "STRIPE_WEBHOOK_SECRET": SECRET, "ADMIN_API_KEY": ADMIN_KEY, "KAMIYO_SIMULATE": "1"}
+    done = subprocess.run(
+        ["./scripts/test_webhooks.sh", url],
+        cwd=ROOT,
+        env={**environment, **variables},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_the_full_check_stops_at_what_is_wrong_here_and_names_it(server: Served) -> None:
+    status, said = check(server.url, ADMIN_API_KEY="not-the-servers")
+    assert status == 1 and said.count("FAIL") == 1, said
+    assert "does not take the ADMIN_API_KEY that is set here" in said
+
+    status, said = check(server.url, STRIPE_WEBHOOK_SECRET="whsec_not-the-servers")
+    assert status == 1 and said.count("FAIL") == 1, said
+    assert "Invalid signature" in said and "Is STRIPE_WEBHOOK_SECRET here one of the server's?" in said
+
+    status, said = check("--help")
+    assert (status, "STRIPE_WEBHOOK_SECRET come from the environment" in said) == (0, True)
+    status, said = check("--nonsense")
+    assert (status, "takes the address of a server" in said) == (2, True)
