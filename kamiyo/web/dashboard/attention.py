@@ -130,7 +130,10 @@ def _dead(dead: int, groups: Sequence[Group]) -> list[Concern]:
     if not dead:
         return []
     many = f"{wording.count(dead, MOST_COUNTED)} {'event is' if dead == 1 else 'events are'} dead"
-    text = "They failed for the last time: nothing happens by itself any more. Find the cause, then run them again."
+    they, them = ("It", "it") if dead == 1 else ("They", "them")
+    text = (
+        f"{they} failed for the last time: nothing happens by itself any more. Find the cause, then run {them} again."
+    )
     return [Concern("bad", many, text, "All failures", "/failures", groups)]
 
 
