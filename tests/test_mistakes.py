@@ -14,7 +14,7 @@ import pytest
 from kamiyo import database, inbox
 from kamiyo.cli import serve
 from kamiyo.database import Connection
-from kamiyo.errors import EventUnknown, RoleRefused, SettingsError
+from kamiyo.errors import EventUnknown, ForeignTables, RoleRefused, SettingsError
 from kamiyo.web import create_app
 from kamiyo.web.system import running
 from tests.conftest import ADMIN_KEY, ROOT, SECRET, Log, NewDatabase, Served, settings_for, until, with_database
@@ -68,6 +68,13 @@ async def test_a_start_that_is_refused_says_why_in_a_sentence_and_shows_no_trace
         await db.execute("CREATE TABLE webhook_events (id int)")
     finally:
         await db.close()
+    # Several processes would be started anew without end: the one that starts them refuses by itself.
+    with pytest.raises(ForeignTables):
+        await serve._require_start(settings_for(url))
+    with pytest.raises(SettingsError, match=r"cannot import no\.such"):
+        await serve._require_start(settings_for(url, KAMIYO_HANDLERS="no.such"))
+    await serve._require_start(settings_for("postgresql://nobody@127.0.0.1:1/none"))  # it may come back
+
     status, _, said = await asyncio.to_thread(kamiyo, tmp_path, "serve", PORT=free_port(), DATABASE_URL=url)
     assert status == 3
     assert "The database has webhook_events already, which Kamiyo did not make." in said

@@ -15,9 +15,10 @@ import prometheus_client
 import typer
 import uvicorn
 
-from kamiyo import database, telemetry
+from kamiyo import database, handlers, telemetry
 from kamiyo.cli.console import complain, console, make_development_secrets, settings_for_commands
-from kamiyo.errors import SettingsError
+from kamiyo.database import UNAVAILABLE
+from kamiyo.errors import DatabaseUnavailable, SettingsError
 from kamiyo.settings import Settings, load_settings
 from kamiyo.web.system import TO_FINISH, database_url, running
 from kamiyo.web.wire import WireProtocol
@@ -72,6 +73,7 @@ def serve(
     _stop_quietly()
     try:
         if workers > 1:
+            asyncio.run(_require_start(settings))
             _greet(settings, made)
             uvicorn.run("api.main:app", workers=workers, **options)
         else:
@@ -82,6 +84,25 @@ def serve(
     finally:
         if directory is not None:
             telemetry.remove_shared_metrics(directory)
+
+
+async def _require_start(settings: Settings) -> None:
+    """Raise what would keep each of several processes from starting.
+
+    Whoever watches over them starts one that ends anew, without end: nobody would see that none ever serves.
+    """
+    handlers.load(settings.handler_modules)
+    if settings.database_url is None:
+        return  # the embedded server's tables are our own
+    with contextlib.suppress(DatabaseUnavailable, *UNAVAILABLE):
+        db = await database.connect(settings.database_url.get_secret_value(), application="kamiyo start", patience=30)
+        try:
+            if settings.auto_migrate:
+                await database.migrate(db)
+            else:
+                await database.require_migrations(db)
+        finally:
+            await db.close()
 
 
 def _require_port(settings: Settings) -> None:

@@ -118,6 +118,9 @@ def _router(settings: Settings | None) -> tuple[APIRouter, StripeEndpoint, Dashb
     endpoint = StripeEndpoint(lambda: current, bodies)
     # The first route that matches answers; the documented one below it is for `/docs`.
     router.routes.append(Route(STRIPE_PATH, endpoint, methods=["POST"], include_in_schema=False))
+    # Typed into Stripe's dashboard with a slash at its end, the address would be answered with a redirect, which Stripe
+    # takes for a failure.
+    router.routes.append(Route(f"{STRIPE_PATH}/", endpoint, methods=["POST"], include_in_schema=False))
     _document(router)
     router.include_router(roads_router(lambda: current, bodies), prefix=PREFIX)
     router.include_router(admin_router(lambda: current, effective), prefix=PREFIX)

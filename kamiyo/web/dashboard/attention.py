@@ -117,6 +117,8 @@ def _unread(standing: Fields, incidents: Sequence[Incident]) -> list[Concern]:
         return []
     many = wording.count(standing["unread"], MOST_COUNTED)
     waiting = f"{many} {'event waits' if standing['unread'] == 1 else 'events wait'} to be read from it"
+    if not standing["unread"]:
+        waiting = "No event waits to be read from it"
     if opened:
         text = f"{waiting}; none fails. It is asked again now and then, and all go on by themselves."
         title = f"Stripe's API has not answered for {wording.span((standing['now'] - opened).total_seconds())}"
