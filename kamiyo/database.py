@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 
-from kamiyo.errors import DatabaseUnavailable, ForeignTables, MigrationNeeded
+from kamiyo.errors import DatabaseUnavailable, ForeignTables, MigrationNeeded, RoleRefused
 
 if TYPE_CHECKING:
     Connection: TypeAlias = asyncpg.Connection[asyncpg.Record] | PoolConnectionProxy[asyncpg.Record]
@@ -105,13 +105,18 @@ async def connect(url: str, *, application: str, patience: float | None = None) 
         )
     except _CANNOT_CONNECT as error:
         raise DatabaseUnavailable(
-            f"Cannot connect to PostgreSQL: {_reason(error)}. Check DATABASE_URL and the server."
+            f"Cannot connect to PostgreSQL: {reason_of(error)}. Check DATABASE_URL and the server."
         ) from error
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
+    """Why there is no connection, in words for the person who set the address; of `connect`'s error, its cause."""
+    if isinstance(error, DatabaseUnavailable) and error.__cause__ is not None:
+        error = error.__cause__
     # A malformed address is quoted by those who cannot read it, and it may hold a password.
-    return "the address cannot be read" if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, ValueError):
+        return "the address cannot be read"
+    return f"{type(error).__name__}: {error}".rstrip(": ")
 
 
 def migration_files() -> list[Path]:
@@ -120,11 +125,22 @@ def migration_files() -> list[Path]:
 
 
 async def missing_migrations(db: Connection) -> list[str]:
-    """Names of the migrations that this database lacks, in order."""
+    """Names of the migrations that this database lacks, in order. Raises RoleRefused where that may not be read."""
     applied: set[str] = set()
     if await db.fetchval(_HAS_RECORD):
-        applied = {name for (name,) in await db.fetch("SELECT name FROM webhook_migrations")}
+        try:
+            applied = {name for (name,) in await db.fetch("SELECT name FROM webhook_migrations")}
+        except asyncpg.InsufficientPrivilegeError as error:
+            raise await _refused(db, error) from error
     return [path.stem for path in migration_files() if path.stem not in applied]
+
+
+async def _refused(db: Connection, error: asyncpg.PostgresError) -> RoleRefused:
+    role, name = await db.fetchrow("SELECT current_user, current_database()") or ("?", "?")
+    return RoleRefused(
+        f"PostgreSQL refuses the role {role} in the database {name}: {error}. Give DATABASE_URL the role that owns "
+        'Kamiyo\'s tables, or grant this one what docs/deploy.md lists under "The database role".'
+    )
 
 
 # A table of that name without this column is not the record, but somebody's own.
@@ -156,7 +172,8 @@ def _tables_of(name: str) -> list[str]:
 async def migrate(db: Connection, *, report: Callable[[str], None] = lambda name: None) -> list[str]:
     """Apply what is missing; return the names. Each file is one transaction together with its own record.
 
-    Safe to call from several processes at once. Raises ForeignTables when the tables belong to someone else.
+    Safe to call from several processes at once. Raises ForeignTables when the tables belong to someone else, and
+    RoleRefused when this role may not make them.
     """
     missing = await missing_migrations(db)
     await _refuse_foreign_tables(db, missing)
@@ -166,6 +183,9 @@ async def migrate(db: Connection, *, report: Callable[[str], None] = lambda name
         except asyncpg.RaiseError as error:
             await db.execute("ROLLBACK")
             raise ForeignTables(f"{error}. {getattr(error, 'hint', '') or ''}".strip()) from error
+        except asyncpg.InsufficientPrivilegeError as error:
+            await db.execute("ROLLBACK")
+            raise await _refused(db, error) from error
         except asyncpg.PostgresError:
             with contextlib.suppress(asyncpg.PostgresError):
                 await db.execute("ROLLBACK")

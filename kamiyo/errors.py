@@ -4,6 +4,7 @@
     ├── SettingsError            a setting is wrong: the start stops and the sentence names it
     ├── MigrationNeeded          the database lacks a migration and may not be changed by itself
     ├── ForeignTables            the database has tables of these names that are not Kamiyo's
+    ├── RoleRefused              PostgreSQL does not let this role do what Kamiyo must
     ├── ReceiveError             a delivery is refused; carries the HTTP answer
     │   ├── SignatureError       400 · nothing proves that Stripe sent it
     │   ├── RoadKeyInvalid       401 · another road's key is absent or wrong
@@ -43,6 +44,10 @@ class MigrationNeeded(KamiyoError):
 
 class ForeignTables(KamiyoError):
     """The database holds tables with Kamiyo's names that Kamiyo did not make; nothing was changed."""
+
+
+class RoleRefused(KamiyoError):
+    """PostgreSQL does not let the role of DATABASE_URL do what Kamiyo must; nothing was changed."""
 
 
 class _Answer(KamiyoError):

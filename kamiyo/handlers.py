@@ -16,6 +16,7 @@ raises anything else (an error: tried again by the curve of `kamiyo/retry.py`).
 import asyncio
 import hashlib
 import importlib
+import inspect
 import sys
 import traceback
 from collections import defaultdict
@@ -83,14 +84,22 @@ class Registry:
     def on(self, *event_types: str) -> Callable[[Handler], Handler]:
         """Register the decorated coroutine function for these event types.
 
-        Raises TypeError for a function that is not a coroutine function, and ValueError without a type.
+        Raises TypeError for a function that is not a coroutine function of two arguments, and ValueError without a
+        type.
         """
         if not event_types or not all(isinstance(name, str) and name for name in event_types):
             raise ValueError('@on(…) takes event types: @on("invoice.paid")')
 
         def register(handler: Handler) -> Handler:
             if not asyncio.iscoroutinefunction(handler):
-                raise TypeError(f"{handler!r} must be `async def`: a handler shares the worker's event loop")
+                raise TypeError(
+                    f"{_named(handler)} must be `async def`: a handler shares the worker's event loop. What blocks, it "
+                    "gives to a thread: await asyncio.to_thread(…)"
+                )
+            if not _takes_two(handler):
+                raise TypeError(
+                    f"{_named(handler)} must take the event and a connection: (event: Event, db: Connection)"
+                )
             for name in event_types:
                 self._by_type[snapshot_type(name)].setdefault(handler, set()).add(name)
             return handler
@@ -114,6 +123,20 @@ class Registry:
     def clear(self) -> None:
         """Forget every handler; for tests."""
         self._by_type.clear()
+
+
+def _named(handler: object) -> str:
+    return f"{getattr(handler, '__module__', '?')}.{getattr(handler, '__qualname__', repr(handler))}"
+
+
+def _takes_two(handler: Handler) -> bool:
+    try:
+        inspect.signature(handler).bind(None, None)
+    except TypeError:
+        return False
+    except ValueError:  # some callables have no signature to look at
+        pass
+    return True
 
 
 registry = Registry()

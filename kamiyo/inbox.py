@@ -354,7 +354,9 @@ async def retry(db: Connection, event_id: str) -> None:
     """Run a failed event again, now, with five new tries. Raises EventUnknown or EventNotFailed."""
     if await db.fetchrow(_SQL["retry"], event_id) is None:
         status = await db.fetchval(_SQL["status"], event_id)
-        raise EventUnknown if status is None else EventNotFailed(f"Event is {status}, not failed")
+        if status is None:
+            raise EventUnknown(f"Event not found: {event_id}")
+        raise EventNotFailed(f"Event {event_id} is {status}, not failed")
     await audit(db, "retry", {"event_id": event_id}, 1)
 
 
@@ -436,7 +438,7 @@ async def one(db: Connection, event_id: str) -> tuple[asyncpg.Record, list[async
     """The event's row, with its body, and its failed tries in order. Raises EventUnknown."""
     row = await db.fetchrow(_SQL["event"], event_id)
     if row is None:
-        raise EventUnknown
+        raise EventUnknown(f"Event not found: {event_id}")
     return row, await db.fetch(_SQL["failures_of"], event_id)
 
 

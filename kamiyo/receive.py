@@ -17,7 +17,7 @@ from functools import partial
 import asyncpg
 
 from kamiyo import handlers, inbox, mirror, projections, signature, telemetry, tracing
-from kamiyo.database import DATABASE_ERRORS, Connection, Pool
+from kamiyo.database import DATABASE_ERRORS, Connection, Pool, reason_of
 from kamiyo.errors import DatabaseUnavailable, Overloaded, SecretMissing, Unavailable
 from kamiyo.event import Event, filed, parse
 from kamiyo.handlers import Registry
@@ -227,7 +227,7 @@ class Receiver:
                         await inbox.wake_own(db)
                     await self._commit_groups(db)
             except DATABASE_ERRORS as error:
-                happened("database_away", error=type(error).__name__)
+                happened("database_away", error=type(error).__name__, reason=reason_of(error))
                 if not reached:
                     # Where only a connection broke, whoever waits gets another one.
                     self._refuse(self._take(), error)

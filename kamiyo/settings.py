@@ -7,15 +7,18 @@ sentence that names the variable and says what it takes. `.env.example` is gener
 
 import dataclasses
 import json
+import os
 import re
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
+from dotenv import dotenv_values
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -47,6 +50,15 @@ _OTHER_ROADS = frozenset(
 )
 _SOURCE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 _ACCOUNT = re.compile(r"acct_[A-Za-z0-9_]{1,200}")
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^:@\[\]]*)(:[0-9]*)?")
+
+#: An admin key of fewer characters, or of fewer different ones, can be guessed.
+SHORTEST_KEY, FEWEST_KINDS_OF_LETTERS = 24, 8
+
+_PLACEHOLDER = re.compile(r"\.\.\.|…|your_|change.?me|example|secure_admin_key", re.IGNORECASE)
+
+# How alike a name must be to one of ours to be taken for a slip: those of others must not be.
+_ALIKE = 0.85
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,9 +336,26 @@ class Settings(BaseSettings):
     @field_validator("database_url")
     @classmethod
     def _is_postgres(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None and not value.get_secret_value().startswith(("postgresql://", "postgres://")):
+        address = value.get_secret_value() if value is not None else "postgresql://"
+        scheme, _, rest = address.partition("://")
+        if scheme.startswith(("postgresql+", "postgres+")):
+            raise ValueError("must begin with postgresql://, without the name of a driver")
+        if scheme.strip() != scheme or scheme.startswith(("'", '"')):
+            raise ValueError("must be without quotation marks and spaces around it")
+        if scheme not in ("postgresql", "postgres"):
             raise ValueError("must be a PostgreSQL address: postgresql://user:password@host:5432/name")
+        # What stands between the last @ and the path, a host or several, each with its port.
+        hosts = rest.partition("?")[0].partition("/")[0].rpartition("@")[2]
+        if "#" in rest or not all(_HOST.fullmatch(host) for host in hosts.split(",")):
+            raise ValueError(
+                "cannot be read: in the user's name and the password write # as %23, / as %2F, @ as %40, : as %3A"
+            )
         return value
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _in_small_letters(cls, value: Any) -> Any:
+        return value.lower() if isinstance(value, str) else value
 
     @field_validator("stripe_webhook_secrets")
     @classmethod
@@ -491,12 +520,53 @@ def _variable(location: tuple[int | str, ...]) -> str:
 def _takes(problem: Any) -> str:
     field = _field_of(_variable(problem["loc"]))
     said = str(problem["msg"]).removeprefix("Value error, ")
+    if problem["type"] == "string_pattern_mismatch":
+        said = "has another form than it must have"
     sentence = said[:1].lower() + said[1:]
     return f"{sentence}. {field.description}" if field and field.description else sentence
 
 
 def _field_of(variable: str) -> FieldInfo | None:
     return next((field for field in Settings.model_fields.values() if field.validation_alias == variable), None)
+
+
+def is_placeholder(secret: str) -> bool:
+    """Whether it is what a guide prints in a secret's place, and so known to everybody."""
+    return _PLACEHOLDER.search(secret) is not None
+
+
+def is_guessable(key: str) -> bool:
+    """Whether a key is so short, or of so few different characters, that it can be found by trying."""
+    return len(key) < SHORTEST_KEY or len(set(key)) < FEWEST_KINDS_OF_LETTERS
+
+
+def doubts(settings: Settings) -> Iterator[tuple[str, str]]:
+    """Variables with which a start goes well and what follows does not, each with a sentence; never a value."""
+    if any(is_placeholder(secret) for secret in settings.webhook_secrets):
+        yield (
+            "STRIPE_WEBHOOK_SECRET",
+            "a placeholder that anyone can read in the guide, not a signing secret of Stripe's",
+        )
+    key = settings.admin_api_key.get_secret_value()
+    if key and is_placeholder(key):
+        yield "ADMIN_API_KEY", "a placeholder that anyone can read in the guide; make one with: openssl rand -hex 32"
+    elif key and is_guessable(key):
+        yield "ADMIN_API_KEY", "so short that it can be guessed; make one with: openssl rand -hex 32"
+    if any(is_placeholder(key.key) for key in settings.api_keys):
+        yield "STRIPE_SECRET_KEY", "a placeholder, not a key of Stripe's"
+    for name, meant in _slips():
+        yield name, f"not a setting, and so without effect; {meant} is one"
+
+
+def _slips() -> Iterator[tuple[str, str]]:
+    """Variables that are none of ours and look like one that is not set, each with that."""
+    file = Settings.model_config.get("env_file")
+    given = {*os.environ, *(dotenv_values(file) if isinstance(file, str) else ())}
+    ours = {str(field.validation_alias) for field in Settings.model_fields.values()}
+    for name in sorted(given - ours):
+        if name.startswith(("KAMIYO_", "STRIPE_")):
+            for meant in get_close_matches(name, ours - given, n=1, cutoff=_ALIKE):
+                yield name, meant
 
 
 def env_example() -> str:

@@ -88,6 +88,7 @@ _LEVELS: dict[str, int] = {
     # doors
     "started": _INFO,
     "start_refused": _ERROR,
+    "setting_doubtful": _WARNING,
     "stopping": _INFO,
     "stopped": _INFO,
     # receiving

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 import asyncpg
 
 from kamiyo import handlers, inbox, mirror, projections, reads, retry, shadow, telemetry, ties, tracing
-from kamiyo.database import DATABASE_ERRORS, Connection, Pool, listening
+from kamiyo.database import DATABASE_ERRORS, Connection, Pool, listening, reason_of
 from kamiyo.errors import DatabaseUnavailable, KamiyoError
 from kamiyo.event import Event, lane_of
 from kamiyo.handlers import Bury, PayloadGone, Registry, Retry, WorkerDied
@@ -224,7 +224,7 @@ class Worker:
                             await db.execute("SELECT 1", timeout=5)
             except _AWAY as error:
                 if not away:
-                    happened("database_away", error=type(error).__name__)
+                    happened("database_away", error=type(error).__name__, reason=reason_of(error))
                 away = True
                 telemetry.QUEUE.numbers["database_up"] = 0
                 await asyncio.sleep(self.rng.uniform(0.2, 1.0))

@@ -8,6 +8,10 @@
 # installed and logged in, and `stripe listen` forwarding here, the event comes from Stripe; otherwise from the
 # built-in simulator. KAMIYO_SIMULATE=1 always takes the simulator.
 set -uo pipefail
+case ${1:-} in
+    -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -*) echo "test_webhooks.sh takes the address of a server, such as https://api.example.com; see --help" >&2; exit 2 ;;
+esac
 cd "$(dirname "$0")/.." || exit 2
 
 value_of() { # NAME: the environment, then .env, then the development secrets
@@ -16,7 +20,7 @@ value_of() { # NAME: the environment, then .env, then the development secrets
     for file in .env "${KAMIYO_DATA_DIR:-.kamiyo}/development.env"; do
         [ -r "$file" ] || continue
         line=$(grep -E "^(export )?$name=" "$file" | tail -n 1) || continue
-        line=${line#*=}; line=${line%\"}; line=${line#\"}
+        line=${line#*=}; line=${line%[\"\']}; line=${line#[\"\']}
         if [ -n "$line" ]; then printf '%s' "$line"; return; fi
     done
 }
@@ -51,6 +55,12 @@ status=$(call GET /supported-events)
 step "the supported events are listed" $?
 
 if [ -z "$admin_key" ]; then echo "  FAIL  ADMIN_API_KEY is not set, neither here nor in .env: the rest cannot be checked"; exit 1; fi
+# Each further try with a wrong key would be answered more slowly.
+status=$(call GET '/events?limit=1')
+case $status in
+    401) echo "  FAIL  $base does not take the ADMIN_API_KEY that is set here: give it the server's; the rest cannot be checked"; exit 1 ;;
+    503) echo "  FAIL  $base has no ADMIN_API_KEY, or no database: $(field detail < "$reply"); the rest cannot be checked"; exit 1 ;;
+esac
 
 from_stripe=no
 if [ -z "${KAMIYO_SIMULATE:-}" ] && command -v stripe > /dev/null && stripe config --list 2> /dev/null | grep -q 'test_mode_api_key'; then
@@ -72,7 +82,13 @@ else
     lines=$("$kamiyo" trigger customer.created --only --repeat 2 --json --url "$api/stripe")
     event=$(printf '%s\n' "$lines" | head -n 1 | field event_id)
     printf '%s\n' "$lines" | head -n 1 | grep -q '"status_code": 200, "message": "Event received"'
-    step "a signed event is received: ${event:-none}" $?
+    received=$?
+    step "a signed event is received: ${event:-none}" $received
+    if [ $received -ne 0 ]; then
+        printf '        %s\n' "$(printf '%s\n' "$lines" | head -n 1 | field message)"
+        echo "        Is STRIPE_WEBHOOK_SECRET here one of the server's? The rest cannot be checked."
+        exit 1
+    fi
     printf '%s\n' "$lines" | tail -n 1 | grep -q '"status_code": 200, "message": "Event already \(received\|processed\)"'
     step "its duplicate is known, and answered 200" $?
 fi

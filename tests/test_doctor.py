@@ -32,6 +32,7 @@ from kamiyo.doctor import (
     processing,
 )
 from kamiyo.doctor.processing import unread
+from kamiyo.handlers import Registry
 from kamiyo.postgres import temporary_postgres
 from kamiyo.settings import Settings
 from kamiyo.web import create_app
@@ -118,6 +119,25 @@ def test_each_setting_gets_its_verdict_and_what_is_wrong_gets_a_sentence_that_me
     assert bool(finding.mend) == (verdict is not pass_)
 
 
+def test_a_handler_for_a_type_that_stripe_does_not_have_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handlers, "registry", Registry())
+
+    async def handler(event: object, _: Connection) -> None: ...
+
+    handlers.registry.on("v1.invoice.paid", "v2.core.account.updated")(handler)
+    assert configuration.own_handlers(settings_for(None)).verdict is pass_
+    handlers.registry.on("invoice.payd")(handler)
+    told = configuration.own_handlers(settings_for(None))
+    assert told.verdict is warn and "invoice.payd" in told.seen and told.mend == "Did you mean invoice.paid?"
+
+
+def test_a_variable_that_is_almost_a_setting_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KAMIYO_WORKER", raising=False)
+    monkeypatch.setenv("KAMIYO_WORKERS", "2")
+    [told] = configuration.slips(settings_for(None))
+    assert told.verdict is warn and "KAMIYO_WORKERS" in told.seen and "KAMIYO_WORKER is one" in told.seen
+
+
 def test_a_name_that_the_mirror_will_never_meet_is_told() -> None:
     assert list(configuration.mirrored(settings_for(None))) == []
     [kept] = configuration.mirrored(settings_for(None, KAMIYO_MIRROR="charge, charge.refunded,refund"))
@@ -176,8 +196,9 @@ async def test_without_a_database_it_says_so_and_goes_on(settings: MakeSettings)
 
 
 async def test_a_database_that_is_away_is_told_without_its_password(settings: MakeSettings) -> None:
-    for url in ("postgresql://me:hidden-pass@127.0.0.1:1/x", "postgresql://me:hidden/pass@127.0.0.1/x"):
-        found = await look(settings(DATABASE_URL=url), url)
+    away, not_one = "postgresql://me:hidden-pass@127.0.0.1:1/x", "postgresql://me:hidden/pass@127.0.0.1/x"
+    for url, given in ((away, settings(DATABASE_URL=away)), (not_one, settings())):
+        found = await look(given, url)
         assert of(found, "database").verdict is fail
         assert "hidden" not in str(found)
 

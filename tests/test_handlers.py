@@ -82,6 +82,13 @@ def test_a_function_that_is_not_async_is_refused_where_it_is_written() -> None:
         Registry().on("a")(handler)  # type: ignore[arg-type]  # the very mistake
 
 
+def test_a_function_that_does_not_take_event_and_connection_is_refused_where_it_is_written() -> None:
+    async def handler(event: Event) -> None: ...
+
+    with pytest.raises(TypeError, match=r"test_handlers\..*handler must take the event and a connection"):
+        Registry().on("a")(handler)  # type: ignore[arg-type]  # the very mistake
+
+
 def test_a_partial_of_an_async_function_is_a_handler() -> None:
     async def handler(event: Event, db: Connection, *, colour: str) -> None: ...
 

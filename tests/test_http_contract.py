@@ -107,6 +107,17 @@ async def test_a_new_event_is_answered_200_once_it_is_committed(
     assert await db.fetchval("SELECT event_type FROM webhook_events") == "customer.subscription.updated"
 
 
+async def test_an_endpoint_that_was_entered_with_a_slash_at_its_end_receives_as_well(
+    quiet_client: httpx.AsyncClient, server: Served
+) -> None:
+    body = event_json("evt_1")
+    answer = await quiet_client.post(f"{PREFIX}/stripe/", content=body, headers=signed(body))
+    assert (answer.status_code, answer.json()["message"]) == (200, "Event received")
+    async with httpx.AsyncClient(base_url=server.url) as client:  # with the protocol of `kamiyo serve`
+        answer = await client.post(f"{PREFIX}/stripe/", content=body, headers=signed(body))
+        assert (answer.status_code, answer.json()["message"]) == (200, "Event already processed")
+
+
 async def test_a_copy_is_already_received_until_the_first_one_is_processed(
     quiet_client: httpx.AsyncClient, db: Connection
 ) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import SecretStr, ValidationError
 
 from kamiyo.errors import SettingsError
-from kamiyo.settings import Environment, Settings, env_example, load_settings
+from kamiyo.settings import Environment, Settings, doubts, env_example, load_settings
 from tests.conftest import ROOT
 
 VARIABLES = {str(field.validation_alias): name for name, field in Settings.model_fields.items()}
@@ -113,6 +113,11 @@ def test_settings_cannot_be_changed_once_they_are_read() -> None:
         ("KAMIYO_COMMIT_TIMEOUT", "0"),
         ("KAMIYO_LOG_LEVEL", "loud"),
         ("KAMIYO_LOG_FORMAT", "xml"),
+        ("DATABASE_URL", "postgresql+asyncpg://u:hunter2@h/d"),
+        ("DATABASE_URL", "'postgresql://u:hunter2@h/d'"),
+        ("DATABASE_URL", "postgresql://u:hunter2#@h/d"),
+        ("DATABASE_URL", "postgresql://u:hunter2/@h/d"),
+        ("DATABASE_URL", "postgresql://u:p@h:hunter2/d"),
     ],
 )
 def test_a_value_that_cannot_work_is_refused_with_the_name_and_what_it_takes(
@@ -128,6 +133,44 @@ def test_a_value_that_cannot_work_is_refused_with_the_name_and_what_it_takes(
     assert sentence.endswith(description)
     assert "hunter2" not in sentence
     assert len(sentence.splitlines()) == 1
+
+
+def test_a_level_may_be_written_in_capitals() -> None:
+    assert load_settings(KAMIYO_LOG_LEVEL="INFO").log_level == "info"
+
+
+GUESSABLE, LONG_ENOUGH = "hunter2", "0f1e2d3c4b5a69788796a5b4c3d2e1f0"
+
+
+@pytest.mark.parametrize(
+    ("variables", "doubted"),
+    [
+        ({"STRIPE_WEBHOOK_SECRET": "whsec_..."}, ["STRIPE_WEBHOOK_SECRET"]),
+        ({"ADMIN_API_KEY": "your_secure_admin_key_here"}, ["ADMIN_API_KEY"]),
+        ({"ADMIN_API_KEY": GUESSABLE}, ["ADMIN_API_KEY"]),
+        ({"ADMIN_API_KEY": LONG_ENOUGH, "STRIPE_WEBHOOK_SECRET": "whsec_" + LONG_ENOUGH}, []),
+        ({"STRIPE_SECRET_KEY": "sk_test_... or sk_live_..."}, ["STRIPE_SECRET_KEY"]),
+        ({"KAMIYO_WORKERS": "2"}, ["KAMIYO_WORKERS"]),
+        ({"KAMIYO_WORKERS": "2", "KAMIYO_WORKER": "true"}, []),
+        ({"STRIPE_WEBHOOK_SECERT": "whsec_1"}, ["STRIPE_WEBHOOK_SECERT"]),
+        ({"STRIPE_API_KEY": "sk_test_1", "KAMIYO_THOROUGHNESS": "3", "PORTS": "1"}, []),
+    ],
+)
+def test_what_starts_well_and_cannot_go_well_is_doubted_by_its_name_alone(
+    variables: dict[str, str], doubted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [*VARIABLES, *(name for name in os.environ if name.startswith(("KAMIYO_", "STRIPE_")))]:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    found = dict(doubts(load_settings()))
+    assert list(found) == doubted
+    assert not any(value in sentence for sentence in found.values() for value in variables.values() if len(value) > 4)
+
+
+def test_a_slip_in_the_file_is_found_as_well(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("KAMIYO_HANDLER=my.module\n")
+    assert dict(doubts(load_settings()))["KAMIYO_HANDLER"].endswith("KAMIYO_HANDLERS is one")
 
 
 def test_every_wrong_variable_is_named_at_once() -> None:
@@ -189,7 +232,7 @@ def test_keys_have_the_name_of_their_account_and_a_mode() -> None:
         ("STRIPE_SECRET_KEYS", '{"platform": "sk_live_hunter2"}', "acct_"),
         ("STRIPE_SECRET_KEYS", '{"acct_1": ["sk_live_hunter2", "rk_live_hunter2"]}', "two keys of one mode"),
         ("STRIPE_SECRET_KEY", "sk_live_hunter2,sk_live_hunter2", "two keys of one mode"),
-        ("STRIPE_ACCOUNT_ID", "hunter2", "pattern"),
+        ("STRIPE_ACCOUNT_ID", "hunter2", "another form"),
     ],
 )
 def test_secrets_and_keys_that_cannot_be_meant_are_refused_with_a_sentence_that_shows_none(

@@ -145,29 +145,35 @@ CREATE TABLE IF NOT EXISTS webhook_payloads (
 
 -- Makes the partitions for `first` and the days after it; returns how many are new.
 -- CREATE and ATTACH instead of CREATE … PARTITION OF: attaching does not lock the parent against inserts.
-CREATE OR REPLACE FUNCTION webhook_ensure_partitions(first date, days integer) RETURNS integer
-LANGUAGE plpgsql AS $$
-DECLARE
-    day  date;
-    part text;
-    made integer := 0;
+-- Running this file again leaves it alone: the owner may have made it SECURITY DEFINER, see docs/deploy.md.
+DO $do$
 BEGIN
-    PERFORM pg_advisory_xact_lock(118038671810928);
-    FOR day IN SELECT first + n FROM generate_series(0, days - 1) AS n LOOP
-        part := 'webhook_payloads_' || to_char(day, 'YYYYMMDD');
-        CONTINUE WHEN to_regclass(part) IS NOT NULL;
-        EXECUTE format('CREATE TABLE %I (LIKE webhook_payloads INCLUDING DEFAULTS INCLUDING CONSTRAINTS)', part);
-        -- Compressing costs more CPU here than the bytes it saves: see docs/performance.md.
-        EXECUTE format('ALTER TABLE %I ALTER body SET STORAGE EXTERNAL', part);
-        -- Bodies of up to 8 KB, which is nearly all of Stripe's, stay in the row: moving each into the TOAST table cost
-        -- half as much again.
-        EXECUTE format('ALTER TABLE %I SET (toast_tuple_target = 8160, autovacuum_vacuum_insert_scale_factor = 1)', part);
-        EXECUTE format('ALTER TABLE webhook_payloads ATTACH PARTITION %I FOR VALUES FROM (%L) TO (%L)',
-                       part, day::timestamp AT TIME ZONE 'UTC', (day + 1)::timestamp AT TIME ZONE 'UTC');
-        made := made + 1;
-    END LOOP;
-    RETURN made;
-END $$;
+    IF to_regprocedure('webhook_ensure_partitions(date, integer)') IS NULL THEN
+        CREATE FUNCTION webhook_ensure_partitions(first date, days integer) RETURNS integer
+        LANGUAGE plpgsql AS $$
+        DECLARE
+            day  date;
+            part text;
+            made integer := 0;
+        BEGIN
+            PERFORM pg_advisory_xact_lock(118038671810928);
+            FOR day IN SELECT first + n FROM generate_series(0, days - 1) AS n LOOP
+                part := 'webhook_payloads_' || to_char(day, 'YYYYMMDD');
+                CONTINUE WHEN to_regclass(part) IS NOT NULL;
+                EXECUTE format('CREATE TABLE %I (LIKE webhook_payloads INCLUDING DEFAULTS INCLUDING CONSTRAINTS)', part);
+                -- Compressing costs more CPU here than the bytes it saves: see docs/performance.md.
+                EXECUTE format('ALTER TABLE %I ALTER body SET STORAGE EXTERNAL', part);
+                -- Bodies of up to 8 KB, which is nearly all of Stripe's, stay in the row: moving each into the TOAST table cost
+                -- half as much again.
+                EXECUTE format('ALTER TABLE %I SET (toast_tuple_target = 8160, autovacuum_vacuum_insert_scale_factor = 1)', part);
+                EXECUTE format('ALTER TABLE webhook_payloads ATTACH PARTITION %I FOR VALUES FROM (%L) TO (%L)',
+                               part, day::timestamp AT TIME ZONE 'UTC', (day + 1)::timestamp AT TIME ZONE 'UTC');
+                made := made + 1;
+            END LOOP;
+            RETURN made;
+        END $$;
+    END IF;
+END $do$;
 
 SELECT webhook_ensure_partitions((now() AT TIME ZONE 'UTC')::date - 1, 9);
 
@@ -259,18 +265,24 @@ CREATE TABLE IF NOT EXISTS webhook_counts_by_hour (
     PRIMARY KEY (hour, event_type)
 );
 
-CREATE OR REPLACE FUNCTION webhook_count_inserted() RETURNS trigger LANGUAGE plpgsql AS $$
+-- A later migration may have made another of it, and running this file again must not undo that.
+DO $do$
 BEGIN
-    INSERT INTO webhook_count_changes
-    SELECT date_trunc('minute', created_at), event_type, count(*), count(*) FILTER (WHERE status = 'processed'),
-           count(*) FILTER (WHERE status = 'failed'), sum(processing_us)
-    FROM came GROUP BY 1, 2;
-    -- Whoever stores an event wakes the workers; equal notices of one transaction arrive as one.
-    IF EXISTS (SELECT FROM came WHERE next_try_at IS NOT NULL) THEN
-        PERFORM pg_notify('webhook_events', '');
+    IF to_regprocedure('webhook_count_inserted()') IS NULL THEN
+        CREATE FUNCTION webhook_count_inserted() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            INSERT INTO webhook_count_changes
+            SELECT date_trunc('minute', created_at), event_type, count(*), count(*) FILTER (WHERE status = 'processed'),
+                   count(*) FILTER (WHERE status = 'failed'), sum(processing_us)
+            FROM came GROUP BY 1, 2;
+            -- Whoever stores an event wakes the workers; equal notices of one transaction arrive as one.
+            IF EXISTS (SELECT FROM came WHERE next_try_at IS NOT NULL) THEN
+                PERFORM pg_notify('webhook_events', '');
+            END IF;
+            RETURN NULL;
+        END $$;
     END IF;
-    RETURN NULL;
-END $$;
+END $do$;
 
 CREATE OR REPLACE FUNCTION webhook_count_updated() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN

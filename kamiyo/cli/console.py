@@ -10,6 +10,7 @@ from pathlib import Path
 import asyncpg
 from dotenv import dotenv_values
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -41,7 +42,8 @@ _DEVELOPMENT = ("STRIPE_WEBHOOK_SECRET", "ADMIN_API_KEY")
 
 def complain(message: str) -> None:
     """Say what is wrong, on standard error."""
-    _stderr.print(f"[bold red]kamiyo:[/] {message}", highlight=False, soft_wrap=True)
+    # What others say may look like markup: [a].
+    _stderr.print(f"[bold red]kamiyo:[/] {escape(message)}", highlight=False, soft_wrap=True)
 
 
 def settings_for_commands() -> Settings:
@@ -96,7 +98,8 @@ async def connected(settings: Settings) -> AsyncIterator["asyncpg.Connection[asy
         db = await database.connect(url, application="kamiyo cli")
         try:
             if settings.auto_migrate:
-                await database.migrate(db)
+                # Said, because whoever only wanted to look may have named the wrong database.
+                await database.migrate(db, report=lambda name: complain(f"applied {name}: the database had it not yet"))
             else:
                 await database.require_migrations(db)
             yield db

@@ -2,6 +2,7 @@
 
 import sys
 
+import asyncpg
 import typer
 
 from kamiyo.cli import billing, chaos, conform, doctor, events, serve, simulate, upgrade
@@ -33,11 +34,14 @@ app.command("upgrade-report")(upgrade.upgrade_report)
 
 
 def main() -> None:
-    """Run the command line; an error that Kamiyo raises on purpose becomes a sentence and exit status 1."""
+    """Run the command line; an error that somebody can mend becomes a sentence and exit status 1."""
     try:
         app()
     except KamiyoError as error:
         complain(str(error))
+        sys.exit(1)
+    except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        complain(f"PostgreSQL ended the command: {type(error).__name__}: {error}. It may be run again.")
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import gc
 import os
 import signal
@@ -14,9 +15,10 @@ import prometheus_client
 import typer
 import uvicorn
 
-from kamiyo import database, telemetry
+from kamiyo import database, handlers, telemetry
 from kamiyo.cli.console import complain, console, make_development_secrets, settings_for_commands
-from kamiyo.errors import SettingsError
+from kamiyo.database import UNAVAILABLE
+from kamiyo.errors import DatabaseUnavailable, SettingsError
 from kamiyo.settings import Settings, load_settings
 from kamiyo.web.system import TO_FINISH, database_url, running
 from kamiyo.web.wire import WireProtocol
@@ -55,6 +57,7 @@ def serve(
         )
     if not settings.admin_api_key.get_secret_value():
         complain("ADMIN_API_KEY is not set: the calls of operators answer 503 until it is.")
+    _require_port(settings)
     directory = telemetry.shared_metrics_directory() if workers > 1 else None
     options: dict[str, Any] = {
         "host": settings.host,
@@ -70,6 +73,7 @@ def serve(
     _stop_quietly()
     try:
         if workers > 1:
+            asyncio.run(_require_start(settings))
             _greet(settings, made)
             uvicorn.run("api.main:app", workers=workers, **options)
         else:
@@ -80,6 +84,43 @@ def serve(
     finally:
         if directory is not None:
             telemetry.remove_shared_metrics(directory)
+
+
+async def _require_start(settings: Settings) -> None:
+    """Raise what would keep each of several processes from starting.
+
+    Whoever watches over them starts one that ends anew, without end: nobody would see that none ever serves.
+    """
+    handlers.load(settings.handler_modules)
+    if settings.database_url is None:
+        return  # the embedded server's tables are our own
+    with contextlib.suppress(DatabaseUnavailable, *UNAVAILABLE):
+        db = await database.connect(settings.database_url.get_secret_value(), application="kamiyo start", patience=30)
+        try:
+            if settings.auto_migrate:
+                await database.migrate(db)
+            else:
+                await database.require_migrations(db)
+        finally:
+            await db.close()
+
+
+def _require_port(settings: Settings) -> None:
+    """Raise SettingsError when nobody can listen at HOST and PORT: before anything is started, and in a sentence."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as trial:
+        # As the server does it: a port that was left a moment ago is free.
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind((settings.host, settings.port))
+        except OSError as error:
+            why = error.strerror or str(error)
+            if error.errno == errno.EADDRINUSE:
+                why = "another program listens there already (an older `kamiyo serve`?)"
+            raise SettingsError(
+                f"Cannot listen on {settings.host}, port {settings.port}: {why}. Stop that, or choose another: "
+                "`kamiyo serve --host … --port …`, or HOST and PORT in .env."
+            ) from error
 
 
 class _Server(uvicorn.Server):
@@ -126,29 +167,30 @@ def _greet(settings: Settings, made: list[str]) -> None:
 
 def _say_where_to_look(settings: Settings, made: list[str]) -> None:
     address = f"http://{'localhost' if settings.host in _HERE else settings.host}:{settings.port}"
-    kept = settings.database_url is None
-    say = console.print
-    say(f"\n[bold]Kamiyo is listening[/] on {address}/api/v1/webhooks/stripe", highlight=False)
-    if kept:
-        say(
-            f"  database    embedded PostgreSQL, its data in {settings.data_dir}/ (DATABASE_URL for your own)",
-            highlight=False,
-        )
+
+    def say(words: str) -> None:
+        console.print(words, highlight=False)
+
+    say(f"\n[bold]Kamiyo is listening[/] on {address}/api/v1/webhooks/stripe")
+    say(f"  dashboard   {address}/dashboard   (sign in with ADMIN_API_KEY)")
+    say(f"  look        {address}/docs   {address}/api/v1/webhooks/health   {address}/metrics")
+    if settings.database_url is None:
+        say(f"  database    embedded PostgreSQL, its data in {settings.data_dir}/ (DATABASE_URL for your own)")
     if made:
-        say(
-            f"  secrets     made for development, in {settings.data_dir / 'development.env'}: {', '.join(made)}",
-            highlight=False,
-        )
-    say(
-        f"  look        {address}/docs   {address}/api/v1/webhooks/health   {address}/metrics",
-        highlight=False,
-    )
-    say("\nNow type, in another terminal:", highlight=False)
+        say(f"  secrets     made for development, in {settings.data_dir / 'development.env'}: {', '.join(made)}")
     kamiyo = ".venv/bin/kamiyo" if Path(".venv/bin/kamiyo").exists() else "kamiyo"
-    say(f"  {kamiyo} trigger --story signup      a customer signs up and pays", highlight=False)
-    say(f"  {kamiyo} events list                 what came in, and what became of it", highlight=False)
-    say("  ./scripts/test_webhooks.sh               the whole road, checked", highlight=False)
-    say("Ctrl-C stops it, in order.\n", highlight=False)
+    next_steps = {f"{kamiyo} doctor": "is everything ready? what is not, and what mends it"}
+    if settings.development:
+        # Not where customers are real: a simulated one would stay in the billing tables.
+        next_steps = {
+            f"{kamiyo} trigger --story signup": "a customer signs up and pays",
+            f"{kamiyo} events list": "what came in, and what became of it",
+            "./scripts/test_webhooks.sh": "the whole road, checked",
+        }
+    say("\nNow type, in another terminal:")
+    for command, what in next_steps.items():
+        say(f"  {command:<{max(map(len, next_steps))}}   {what}")
+    say("Ctrl-C stops it, in order.\n")
 
 
 def worker(

@@ -130,4 +130,7 @@ def _show(answers: list[dict[str, object]], target: str) -> None:
             f"[{colour}]{answer['status_code']}[/] {answer['message']}",
         )
     console.print(table)
-    console.print(f"\nposted to {target}; look: kamiyo events show {answers[-1]['event_id']}", highlight=False)
+    look = f"look: kamiyo events show {answers[-1]['event_id']}"
+    if any(answer["status_code"] == 400 for answer in answers):
+        look = "was the server started with another STRIPE_WEBHOOK_SECRET than the one that is set here?"
+    console.print(f"\nposted to {target}; {look}", highlight=False)

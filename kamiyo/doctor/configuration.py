@@ -10,15 +10,13 @@ from pathlib import Path
 from kamiyo import handlers
 from kamiyo.doctor.finding import Finding, count, failed, passed, warning
 from kamiyo.errors import SettingsError
+from kamiyo.event import snapshot_type
 from kamiyo.mirror import ALL
-from kamiyo.settings import WEBHOOK, LogFormat, Settings
+from kamiyo.settings import WEBHOOK, LogFormat, Settings, doubts, is_guessable, is_placeholder
 from kamiyo.simulator import EVENT_TYPES, OBJECTS
 
-_SHORTEST_ADMIN_KEY = 24
-
-_FEWEST_KINDS_OF_LETTERS = 8
-
-_PLACEHOLDER = re.compile(r"\.\.\.|…|your_|change.?me|example|secure_admin_key", re.IGNORECASE)
+# Each has a check of its own.
+_CHECKED_ELSEWHERE = ("STRIPE_WEBHOOK_SECRET", "ADMIN_API_KEY", "STRIPE_SECRET_KEY")
 
 
 def secrets(settings: Settings) -> Iterator[Finding]:
@@ -66,7 +64,7 @@ def _signing_secrets(settings: Settings) -> Finding:
             return failed(check, f"{what}is an API key", f"{copy}its place.")
         if secret.startswith("we_"):
             return failed(check, f"{what}is an endpoint's id", f"{copy}its place: it is shown beside the id.")
-        if _PLACEHOLDER.search(secret):
+        if is_placeholder(secret):
             return failed(check, f"{what}is a placeholder", f"{copy}its place.")
         if not secret.startswith("whsec_"):
             return failed(check, f"{what}does not begin with whsec_", f"{copy}its place, whole.")
@@ -94,11 +92,11 @@ def _admin_key(settings: Settings) -> Finding:
     mend = "Set ADMIN_API_KEY to what this prints: openssl rand -hex 32"
     if not key:
         return failed(check, "ADMIN_API_KEY is not set, so the calls of operators answer 503", mend)
-    if _PLACEHOLDER.search(key):
+    if is_placeholder(key):
         return failed(check, "ADMIN_API_KEY is a placeholder, which anyone can read in the guide", mend)
     if key in secret_values(settings):
         return failed(check, "ADMIN_API_KEY is the same as another secret", mend)
-    if len(key) < _SHORTEST_ADMIN_KEY or len(set(key)) < _FEWEST_KINDS_OF_LETTERS:
+    if is_guessable(key):
         return failed(
             check,
             f"ADMIN_API_KEY has {len(key)} characters, {len(set(key))} different ones: it can be guessed",
@@ -113,7 +111,7 @@ def _road_keys(settings: Settings) -> Iterator[Finding]:
         ("KAMIYO_EVENTGRID_KEY", settings.eventgrid_keys),
     ):
         check, mend = variable, f"Set {variable}, and the header X-Api-Key there, to: openssl rand -hex 32"
-        if any(len(key) < _SHORTEST_ADMIN_KEY or len(set(key)) < _FEWEST_KINDS_OF_LETTERS for key in keys):
+        if any(is_guessable(key) for key in keys):
             yield failed(check, f"{variable} can be guessed: whoever has it can write events", mend)
         elif settings.admin_api_key.get_secret_value() in keys or set(keys) & set(settings.webhook_secrets):
             yield failed(check, f"{variable} is the same as another secret", mend)
@@ -144,7 +142,7 @@ def _stripe_keys(settings: Settings) -> Finding:
             return failed(
                 check, f"{called} is a publishable key", "Set it to the secret or a restricted key (sk_… or rk_…)."
             )
-        if not shape or _PLACEHOLDER.search(key.key):
+        if not shape or is_placeholder(key.key):
             return failed(
                 check,
                 f"{called} does not look like a key of Stripe's",
@@ -183,6 +181,13 @@ def env_file(path: Path) -> Iterator[Finding]:
         yield passed("settings file", f"{path} is readable by its owner alone")
 
 
+def slips(settings: Settings) -> Iterator[Finding]:
+    """Variables that look like a setting and are none: a slip of the pen has no effect, and no error either."""
+    for name, said in doubts(settings):
+        if name not in _CHECKED_ELSEWHERE:
+            yield warning("settings", f"{name} is {said}", f"Correct the name of {name}, or take it out.")
+
+
 def logs(settings: Settings) -> Iterator[Finding]:
     """How loud the log is, and in which form. Whether somebody reads it cannot be seen from here."""
     seen = f"KAMIYO_LOG_LEVEL is {settings.log_level}, KAMIYO_LOG_FORMAT is {settings.log_format.value}"
@@ -203,6 +208,14 @@ def own_handlers(settings: Settings) -> Finding:
         return failed("handlers", str(error), "Mend the module, or its name in KAMIYO_HANDLERS.")
     own = handlers.registry.types()
     modules = ", ".join(settings.handler_modules) or "none"
+    for name in own:
+        if snapshot_type(name) not in EVENT_TYPES and not name.startswith("v2."):
+            close = get_close_matches(name, EVENT_TYPES, n=1)
+            return warning(
+                "handlers",
+                f"a handler is registered for {name}, and Stripe has no such type that this Kamiyo knows",
+                f"Did you mean {close[0]}?" if close else "Look at the name in Stripe's list of event types.",
+            )
     return passed("handlers", f"modules: {modules}; {count(len(own), 'event type')} with a handler of your own")
 
 

@@ -26,7 +26,7 @@ async def _examine(subject: Subject) -> AsyncIterator[Finding]:
     for finding in chain(*written):
         yield finding
     yield configuration.own_handlers(settings)
-    for finding in configuration.mirrored(settings):
+    for finding in chain(configuration.mirrored(settings), configuration.slips(settings)):
         yield finding
     async with postgresql.opened(subject) as (db, pool, refused):
         if db is None:

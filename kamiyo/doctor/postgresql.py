@@ -129,7 +129,7 @@ def clock(whose: str, ahead: float, allowed: float) -> Finding:
 async def role(db: Connection, settings: Settings) -> Finding:
     role, rights = await db.fetchrow(_SQL["role"]), await db.fetchrow(_SQL["rights"])
     assert role is not None and rights is not None  # noqa: S101 - the current role exists, an aggregate has one row
-    page = "docs/operations.md, “The database role”"
+    page = "docs/deploy.md, “The database role”"
     if rights["lacking"]:
         return failed(
             "role",

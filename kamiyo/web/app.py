@@ -1,5 +1,6 @@
 """The router that is the whole integration, and the application around it."""
 
+import sys
 from collections.abc import AsyncIterator, MutableMapping
 from contextlib import asynccontextmanager
 from functools import cache
@@ -10,6 +11,7 @@ from fastapi.responses import PlainTextResponse
 from starlette.routing import Route
 
 from kamiyo import __version__, telemetry
+from kamiyo.errors import KamiyoError
 from kamiyo.settings import Settings, load_settings
 from kamiyo.web import models
 from kamiyo.web.admin import admin_router
@@ -42,8 +44,22 @@ class KamiyoApi(FastAPI):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] == STRIPE_PATH and scope["method"] == "POST":
             await self.stripe(scope, receive, send)
+        elif scope["type"] == "lifespan":
+            await super().__call__(scope, receive, _in_a_sentence(send))
         else:
             await super().__call__(scope, receive, _keeping_safe(scope, send))
+
+
+def _in_a_sentence(send: Send) -> Send:
+    """`send`, with the sentence alone where the start is refused on purpose: a traceback would hide it."""
+
+    async def send_sentence(message: MutableMapping[str, Any]) -> None:
+        error = sys.exception()
+        if message["type"] == "lifespan.startup.failed" and isinstance(error, KamiyoError):
+            message["message"] = str(error)
+        await send(message)
+
+    return send_sentence
 
 
 def _keeping_safe(scope: Scope, send: Send) -> Send:
@@ -102,6 +118,9 @@ def _router(settings: Settings | None) -> tuple[APIRouter, StripeEndpoint, Dashb
     endpoint = StripeEndpoint(lambda: current, bodies)
     # The first route that matches answers; the documented one below it is for `/docs`.
     router.routes.append(Route(STRIPE_PATH, endpoint, methods=["POST"], include_in_schema=False))
+    # Typed into Stripe's dashboard with a slash at its end, the address would be answered with a redirect, which Stripe
+    # takes for a failure.
+    router.routes.append(Route(f"{STRIPE_PATH}/", endpoint, methods=["POST"], include_in_schema=False))
     _document(router)
     router.include_router(roads_router(lambda: current, bodies), prefix=PREFIX)
     router.include_router(admin_router(lambda: current, effective), prefix=PREFIX)
@@ -129,7 +148,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     @app.get("/", include_in_schema=False)
     async def where_to_look() -> dict[str, str]:
-        return {"name": "Kamiyo API", "docs": "/docs", "health": f"{PREFIX}/health", "metrics": "/metrics"}
+        return {
+            "name": "Kamiyo API",
+            "dashboard": "/dashboard",
+            "docs": "/docs",
+            "health": f"{PREFIX}/health",
+            "metrics": "/metrics",
+        }
 
     return app
 

@@ -8,6 +8,7 @@ import contextlib
 import random
 import signal
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
@@ -22,7 +23,7 @@ from kamiyo.postgres import EmbeddedPostgres
 from kamiyo.reader import Reader
 from kamiyo.receive import Receiver
 from kamiyo.reconcile import keep_reconciling
-from kamiyo.settings import Settings
+from kamiyo.settings import Settings, doubts
 from kamiyo.shadow import ShadowReceiver
 from kamiyo.stripe_api import StripeApi
 from kamiyo.telemetry import happened
@@ -111,6 +112,8 @@ async def running(settings: Settings) -> AsyncIterator[System]:
                     mirrored=settings.mirrored,
                 )
                 aside.append(asyncio.create_task(comparing, name="kamiyo reconcile"))
+            for variable, reason in doubts(settings):
+                happened("setting_doubtful", variable=variable, reason=reason)
             happened("started", worker=settings.worker, environment=settings.environment.value)
             # Longer than a handler may take, so that only one that the limit cannot reach is met by it.
             watchdog = (
@@ -165,20 +168,30 @@ async def _make_ready(system: System) -> None:
 _AWAY: tuple[type[BaseException], ...] = (*DATABASE_ERRORS, DatabaseUnavailable)
 
 
+# While nothing changes, a line now and then is enough.
+_SAY_AGAIN_SECONDS = 30.0
+
+
 async def _serve(system: System) -> None:
     # Until the database has answered once, the tables may be missing: the start waits for it here.
+    told, again_at = "", 0.0
     while True:
         try:
             await _make_ready(system)
             system._ready = True
             break
         except _AWAY as error:
-            happened("database_away", error=type(error).__name__)
+            reason = database.reason_of(error)
+            if reason != told or time.monotonic() >= again_at:
+                happened("database_away", error=reason.partition(":")[0], reason=reason)
+                told, again_at = reason, time.monotonic() + _SAY_AGAIN_SECONDS
             await asyncio.sleep(1)
         except KamiyoError as error:
             # The database came back as one that must not be used. Said until somebody mends it; deliveries get 503.
-            happened("start_refused", reason=type(error).__name__)
+            happened("start_refused", error=type(error).__name__, reason=str(error))
             await asyncio.sleep(5)
+    if told:
+        happened("database_back")
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(system.receiver.run())
         if system.settings.worker:

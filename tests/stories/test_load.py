@@ -34,7 +34,7 @@ pytestmark = pytest.mark.alone
 
 SECONDS = float(os.environ.get("KAMIYO_LOAD_SECONDS", "4"))
 
-#: What a server takes of memory at most, in bytes, whatever is thrown at it: see docs/operations.md.
+#: What a server takes of memory at most, in bytes, whatever is thrown at it: see docs/maintenance.md.
 MOST_RESIDENT = 256 << 20
 
 

@@ -117,6 +117,8 @@ def _unread(standing: Fields, incidents: Sequence[Incident]) -> list[Concern]:
         return []
     many = wording.count(standing["unread"], MOST_COUNTED)
     waiting = f"{many} {'event waits' if standing['unread'] == 1 else 'events wait'} to be read from it"
+    if not standing["unread"]:
+        waiting = "No event waits to be read from it"
     if opened:
         text = f"{waiting}; none fails. It is asked again now and then, and all go on by themselves."
         title = f"Stripe's API has not answered for {wording.span((standing['now'] - opened).total_seconds())}"
@@ -130,7 +132,10 @@ def _dead(dead: int, groups: Sequence[Group]) -> list[Concern]:
     if not dead:
         return []
     many = f"{wording.count(dead, MOST_COUNTED)} {'event is' if dead == 1 else 'events are'} dead"
-    text = "They failed for the last time: nothing happens by itself any more. Find the cause, then run them again."
+    they, them = ("It", "it") if dead == 1 else ("They", "them")
+    text = (
+        f"{they} failed for the last time: nothing happens by itself any more. Find the cause, then run {them} again."
+    )
     return [Concern("bad", many, text, "All failures", "/failures", groups)]
 
 

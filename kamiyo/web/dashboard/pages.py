@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.responses import RedirectResponse, Response
 
-from kamiyo import alerts, handlers, inbox, tracing
+from kamiyo import alerts, inbox, tracing
 from kamiyo.errors import PayloadError
 from kamiyo.event import Event, decode
 from kamiyo.inbox import Filters, Status
@@ -59,7 +59,6 @@ async def overview(visit: Visit) -> Response:
         types=types,
         latest=latest.events,
         empty=standing["last_event_at"] is None,
-        supported=handlers.supported_types(),
     )
 
 

@@ -398,7 +398,7 @@ def _require_token(visit: Visit) -> None:
 
 _NO_EVENT = (
     "No event here has this id. Stripe may not have delivered it yet, or it was cleaned up: processed events are kept "
-    "until somebody removes them with `kamiyo cleanup`."
+    "until somebody removes them with kamiyo cleanup."
 )
 _TOO_LONG = "The question was stopped after a while. Narrow it: a customer, an object, a type, or a shorter time."
 _NO_DATABASE = (
