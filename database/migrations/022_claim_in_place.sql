@@ -39,21 +39,17 @@ DECLARE
     seen   integer;
     held   text[];
     number bigint;
-    -- Between which moments they came in.
-    oldest timestamptz;
-    newest timestamptz;
 BEGIN
     PERFORM pg_advisory_unlock_all();
 
     WITH due AS MATERIALIZED (
-        SELECT e.event_id, e.lane, e.created_at FROM webhook_events AS e
+        SELECT e.event_id, e.lane FROM webhook_events AS e
         WHERE e.next_try_at <= now() ORDER BY e.next_try_at, e.seq LIMIT most
     ), mine AS MATERIALIZED (
         SELECT l.lane FROM (SELECT DISTINCT d.lane FROM due AS d) AS l WHERE pg_try_advisory_lock(1800432, l.lane)
     )
-    SELECT count(*), array_agg(d.event_id) FILTER (WHERE d.lane IN (SELECT m.lane FROM mine AS m)),
-           min(d.created_at), max(d.created_at)
-    INTO seen, held, oldest, newest FROM due AS d;
+    SELECT count(*), array_agg(d.event_id) FILTER (WHERE d.lane IN (SELECT m.lane FROM mine AS m))
+    INTO seen, held FROM due AS d;
 
     -- The head of the line is another worker's: look behind it. Not in the first place, because reading the table of locks
     -- holds up everyone who takes one.
@@ -63,22 +59,20 @@ BEGIN
             WHERE locktype = 'advisory' AND classid = 1800432 AND objsubid = 2 AND pid <> pg_backend_pid()
               AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
         ), due AS MATERIALIZED (
-            SELECT e.event_id, e.lane, e.created_at FROM webhook_events AS e
+            SELECT e.event_id, e.lane FROM webhook_events AS e
             WHERE e.next_try_at <= now() AND e.lane NOT IN (SELECT t.lane FROM theirs AS t)
             ORDER BY e.next_try_at, e.seq LIMIT most
         ), mine AS MATERIALIZED (
             SELECT l.lane FROM (SELECT DISTINCT d.lane FROM due AS d) AS l WHERE pg_try_advisory_lock(1800432, l.lane)
         )
-        SELECT array_agg(d.event_id) FILTER (WHERE d.lane IN (SELECT m.lane FROM mine AS m)),
-               min(d.created_at), max(d.created_at)
-        INTO held, oldest, newest FROM due AS d;
+        SELECT array_agg(d.event_id) FILTER (WHERE d.lane IN (SELECT m.lane FROM mine AS m)) INTO held FROM due AS d;
     END IF;
 
     IF held IS NOT NULL THEN
         number := nextval('webhook_claims');
         RETURN QUERY
         WITH found AS (
-            SELECT e.ctid AS place, e.status = 'processing' AS abandoned, e.started_at IS NOT NULL AS was_running,
+            SELECT e.event_id, e.status = 'processing' AS abandoned, e.started_at IS NOT NULL AS was_running,
                    cardinality(held) = 1 AND NOT (e.status = 'processing' AND e.started_at IS NOT NULL)
                        AND (e.suspect OR e.status = 'processing' OR e.event_type = ANY (handled)) AS starts
             FROM webhook_events AS e
@@ -90,17 +84,15 @@ BEGIN
             SET status = 'processing', claim = number, failed_at = NULL, suspect = e.suspect OR f.abandoned,
                 attempts = e.attempts + f.starts::int,
                 started_at = CASE WHEN f.starts THEN clock_timestamp() ELSE e.started_at END
-            FROM found AS f WHERE e.ctid = f.place
+            FROM found AS f WHERE e.event_id = f.event_id
             RETURNING e.*, f.abandoned, f.was_running, f.starts
         )
         SELECT number, NULL::float8, c.seq, c.created_at, c.event_id, c.event_type,
                extract(epoch FROM c.stripe_created)::bigint, c.livemode, c.thin, c.account, c.context, c.api_version,
                c.object_type, c.object_id, c.customer, c.snapshot_event, c.lane, (c.attempts - c.starts::int)::smallint,
                c.suspect, c.abandoned, c.abandoned AND c.was_running, c.starts,
-               -- A subquery, so that each body is looked up by its key in the one partition that has it. What is known before
-               -- the first of them keeps the other days out altogether.
-               (SELECT p.body FROM webhook_payloads AS p
-                WHERE p.seq = c.seq AND p.created_at = c.created_at AND p.created_at BETWEEN oldest AND newest)
+               -- A subquery, so that each body is looked up by its key in the one partition that has it.
+               (SELECT p.body FROM webhook_payloads AS p WHERE p.seq = c.seq AND p.created_at = c.created_at)
         -- Put in order before they have their bodies, which are a lot to carry.
         FROM (SELECT * FROM claimed ORDER BY stripe_created, seq) AS c;
         IF FOUND THEN
