@@ -170,6 +170,19 @@ async def test_claiming_looks_up_what_is_due_and_each_body_in_the_day_it_lies_in
     await inbox.unlock(ledger)
 
 
+async def test_a_claim_writes_no_index(ledger: Connection) -> None:
+    bodies = [event_json(f"evt_new_{n}", "customer.updated", example("customer", id=f"cus_{n}")) for n in range(100)]
+    await ledger.execute("DELETE FROM webhook_events WHERE next_try_at IS NOT NULL")
+    await inbox.put(ledger, [read(body) for body in bodies])
+    _, batch = await inbox.claim(ledger, 200)
+    assert len(batch) == 100
+    written = await ledger.fetchrow(
+        "SELECT n_tup_upd, n_tup_hot_upd FROM pg_stat_xact_user_tables WHERE relname = 'webhook_events'"
+    )
+    assert tuple(written or ()) == (100, 100), "the new version of each row is on the old one's page"
+    await inbox.unlock(ledger)
+
+
 async def test_plans_that_a_session_made_while_there_was_little_are_right_when_there_is_much(
     new_database: NewDatabase,
 ) -> None:
