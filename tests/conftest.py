@@ -55,7 +55,7 @@ PREFIX = "/api/v1/webhooks"
 
 #: Seconds after which a wait for something that should happen is a failure. Generous: a busy machine is no
 #: defect.
-DEADLINE = 20.0
+DEADLINE = 60.0
 
 _T = TypeVar("_T")
 

@@ -238,7 +238,7 @@ async def test_only_what_is_named_is_kept_and_left_to_the_workers(
 async def test_an_object_is_kept_whatever_its_text_holds(
     db: Connection, database_url: str, settings: MakeSettings
 ) -> None:
-    worker = await worker_on(database_url, settings(KAMIYO_MIRROR="all"))
+    worker = await worker_on(database_url, settings(KAMIYO_MIRROR="all", KAMIYO_FIRST_RETRY_DELAY=60))
     head = rb'{"id": "evt_%d", "object": "event", "type": "charge.updated", "created": 1790000000, "data": {"object": '
     for at, text in enumerate((rb"a\u0000b", rb"a\ud800b", rb"\ud83d\ude00 \u00e9", "żółć 美".encode(), rb"\\u0000")):
         shown = rb'{"id": "ch_%d", "object": "charge", "metadata": {"k\u0000": "' % at + text + rb'"}}}}'
