@@ -18,7 +18,8 @@ from typing import Any
 
 from kamiyo import inbox, projections, reads
 from kamiyo.database import Connection, Pool, load_queries
-from kamiyo.projections import COLUMNS, PATHS, TABLES, ProjectionError, Read, Row
+from kamiyo.projections import ProjectionError, Read, Row
+from kamiyo.shapes import COLUMNS, PATHS, TABLES
 from kamiyo.stripe_api import StripeApi, StripeGone, together
 from kamiyo.telemetry import happened
 

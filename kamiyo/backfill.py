@@ -21,7 +21,8 @@ from typing import Any
 from kamiyo import reads
 from kamiyo.database import Pool, load_queries
 from kamiyo.errors import KamiyoError
-from kamiyo.projections import TABLES, Read
+from kamiyo.projections import Read
+from kamiyo.shapes import TABLES
 from kamiyo.stripe_api import Reply, StripeApi, StripeGone, StripeRefused, together
 from kamiyo.telemetry import happened
 

@@ -16,7 +16,8 @@ from kamiyo import projections
 from kamiyo.database import Connection, load_queries
 from kamiyo.errors import EventNotFailed, EventUnknown, KamiyoError
 from kamiyo.event import Event
-from kamiyo.projections import TABLES, Read, Row
+from kamiyo.projections import Read, Row
+from kamiyo.shapes import TABLES
 
 _SQL = load_queries("inbox.sql")
 

@@ -23,14 +23,12 @@ stage above every event's: above all events of that second, below any later one.
 The row keeps the rank of the event that made it, and only a higher one overwrites it: so the end is the same in any
 order, any number of times, in any batches. Equal ranks with different content are a *tie*; `kamiyo/ties.py` weighs
 the evidence of all events of that second together, which is again the same in any order.
-
-Source for the shapes of each API version: Stripe's changelog, 2025-03-31.basil, and `docs/decisions/`.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Annotated, Any, cast
+from typing import Any, cast
 
 import asyncpg
 import msgspec
@@ -38,11 +36,9 @@ import msgspec
 from kamiyo.database import Connection, load_queries
 from kamiyo.errors import KamiyoError, PayloadError
 from kamiyo.event import Event, decode
+from kamiyo.shapes import KINDS, TABLES, Kind, overlaid, without_nul
 
 _SQL = load_queries("projections.sql")
-
-#: The four tables, in the order they are written (every writer keeps it, so that none can deadlock another).
-TABLES = ("customers", "subscriptions", "invoices", "payment_methods")
 
 _Key = tuple[str, str, bool]
 
@@ -144,277 +140,15 @@ class Read:
         return not self.body or decode(self.body).get("deleted") is True
 
 
-# ── Shapes: only the fields that are kept, in every version's place ─────────────────────────────────────────────
-
-_Int = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
-_Time = Annotated[int, msgspec.Meta(ge=-62_135_596_800, le=253_402_300_799)]
-_Reference = Any  # an id, or the whole object where the endpoint expands it
-
-
-class _InvoiceSettings(msgspec.Struct):
-    default_payment_method: _Reference = None
-
-
-class _Customer(msgspec.Struct):
-    email: str | None = None
-    name: str | None = None
-    phone: str | None = None
-    description: str | None = None
-    currency: str | None = None
-    balance: _Int | None = None
-    delinquent: bool | None = None
-    invoice_settings: _InvoiceSettings | None = None
-    metadata: dict[str, Any] | None = None
-    created: _Time | None = None
-    deleted: bool = False
-
-
-class _Price(msgspec.Struct):
-    id: str | None = None
-
-
-class _Item(msgspec.Struct):
-    id: str | None = None
-    price: _Price | None = None
-    plan: _Price | None = None
-    quantity: _Int | None = None
-    current_period_start: _Time | None = None
-    current_period_end: _Time | None = None
-
-
-class _Items(msgspec.Struct):
-    data: list[_Item] = []
-
-
-class _Subscription(msgspec.Struct):
-    customer: _Reference = None
-    customer_account: _Reference = None
-    status: str | None = None
-    currency: str | None = None
-    items: _Items | None = None
-    current_period_start: _Time | None = None
-    current_period_end: _Time | None = None
-    cancel_at_period_end: bool | None = None
-    cancel_at: _Time | None = None
-    canceled_at: _Time | None = None
-    ended_at: _Time | None = None
-    trial_start: _Time | None = None
-    trial_end: _Time | None = None
-    default_payment_method: _Reference = None
-    latest_invoice: _Reference = None
-    collection_method: str | None = None
-    metadata: dict[str, Any] | None = None
-    created: _Time | None = None
-
-
-class _SubscriptionDetails(msgspec.Struct):
-    subscription: _Reference = None
-
-
-class _Parent(msgspec.Struct):
-    subscription_details: _SubscriptionDetails | None = None
-
-
-class _Transitions(msgspec.Struct):
-    paid_at: _Time | None = None
-
-
-class _Invoice(msgspec.Struct):
-    customer: _Reference = None
-    customer_account: _Reference = None
-    subscription: _Reference = None
-    parent: _Parent | None = None
-    number: str | None = None
-    status: str | None = None
-    currency: str | None = None
-    amount_due: _Int | None = None
-    amount_paid: _Int | None = None
-    amount_remaining: _Int | None = None
-    subtotal: _Int | None = None
-    total: _Int | None = None
-    attempt_count: _Int | None = None
-    billing_reason: str | None = None
-    collection_method: str | None = None
-    due_date: _Time | None = None
-    period_start: _Time | None = None
-    period_end: _Time | None = None
-    status_transitions: _Transitions | None = None
-    hosted_invoice_url: str | None = None
-    invoice_pdf: str | None = None
-    metadata: dict[str, Any] | None = None
-    created: _Time | None = None
-
-
-class _PaymentMethod(msgspec.Struct):
-    customer: _Reference = None
-    customer_account: _Reference = None
-    type: str | None = None
-    card: dict[str, Any] | None = None
-    us_bank_account: dict[str, Any] | None = None
-    sepa_debit: dict[str, Any] | None = None
-    bacs_debit: dict[str, Any] | None = None
-    au_becs_debit: dict[str, Any] | None = None
-    acss_debit: dict[str, Any] | None = None
-    metadata: dict[str, Any] | None = None
-    created: _Time | None = None
-
-
-# ── From shape to columns ───────────────────────────────────────────────────────────────────────────────────────
-
-COLUMNS: dict[str, tuple[str, ...]] = {
-    "customers": (
-        *("email", "name", "phone", "description", "currency", "balance", "delinquent"),
-        *("default_payment_method", "metadata", "created", "deleted_at"),
-    ),
-    "subscriptions": (
-        *("customer", "status", "currency", "price", "quantity", "items", "current_period_start"),
-        *(
-            "current_period_end",
-            "cancel_at_period_end",
-            "cancel_at",
-            "canceled_at",
-            "ended_at",
-            "trial_start",
-        ),
-        *(
-            "trial_end",
-            "default_payment_method",
-            "latest_invoice",
-            "collection_method",
-            "metadata",
-            "created",
-        ),
-    ),
-    "invoices": (
-        *("customer", "subscription", "number", "status", "currency", "amount_due", "amount_paid"),
-        *("amount_remaining", "subtotal", "total", "attempt_count", "billing_reason", "collection_method"),
-        *("due_date", "period_start", "period_end", "paid_at", "hosted_invoice_url", "invoice_pdf"),
-        *("metadata", "created", "deleted_at"),
-    ),
-    "payment_methods": (
-        *("customer", "type", "brand", "last4", "exp_month", "exp_year", "funding", "country"),
-        *("fingerprint", "metadata", "created", "detached_at"),
-    ),
-}
-
-
-def _customer(o: _Customer, ended: int | None) -> tuple[Any, ...]:
-    settings = o.invoice_settings
-    return (
-        *(o.email, o.name, o.phone, o.description, o.currency, o.balance, o.delinquent),
-        reference(settings.default_payment_method) if settings else None,
-        *(_json(o.metadata), o.created, ended),
-    )
-
-
-def _subscription(o: _Subscription, ended: int | None) -> tuple[Any, ...]:
-    items = o.items.data if o.items else []
-    first = items[0] if items else _Item()
-    return (
-        *(reference(o.customer) or reference(o.customer_account), o.status, o.currency, _price(first), first.quantity),
-        _encode([{"id": item.id, "price": _price(item), "quantity": item.quantity} for item in items]).decode(),
-        # Until 2025-03-31.basil the period was the subscription's; since then each item has its own.
-        o.current_period_start if o.current_period_start is not None else first.current_period_start,
-        o.current_period_end if o.current_period_end is not None else first.current_period_end,
-        *(o.cancel_at_period_end, o.cancel_at, o.canceled_at, o.ended_at, o.trial_start, o.trial_end),
-        *(
-            reference(o.default_payment_method),
-            reference(o.latest_invoice),
-            o.collection_method,
-            _json(o.metadata),
-            o.created,
-        ),
-    )
-
-
-def _invoice(o: _Invoice, ended: int | None) -> tuple[Any, ...]:
-    details = o.parent.subscription_details if o.parent else None
-    return (
-        reference(o.customer) or reference(o.customer_account),
-        # Basil moved it to parent.subscription_details.
-        reference(details.subscription) if details else reference(o.subscription),
-        *(
-            o.number,
-            o.status,
-            o.currency,
-            o.amount_due,
-            o.amount_paid,
-            o.amount_remaining,
-            o.subtotal,
-            o.total,
-        ),
-        *(o.attempt_count, o.billing_reason, o.collection_method, o.due_date, o.period_start, o.period_end),
-        o.status_transitions.paid_at if o.status_transitions else None,
-        *(
-            o.hosted_invoice_url,
-            o.invoice_pdf,
-            _json(o.metadata),
-            o.created,
-            ended,
-        ),
-    )
-
-
-def _payment_method(o: _PaymentMethod, ended: int | None) -> tuple[Any, ...]:
-    # The details live under a key named like the type. Other types have nothing that fits these columns.
-    known = o.card or o.us_bank_account or o.sepa_debit or o.bacs_debit or o.au_becs_debit or o.acss_debit
-    details = _Details(known or {})
-    return (
-        None if ended is not None else reference(o.customer) or reference(o.customer_account),
-        *(o.type, details.text("brand"), details.text("last4"), details.number("exp_month")),
-        *(
-            details.number("exp_year"),
-            details.text("funding"),
-            details.text("country"),
-            details.text("fingerprint"),
-        ),
-        *(_json(o.metadata), o.created, ended),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Details:
-    fields: dict[str, Any]
-
-    def text(self, name: str) -> str | None:
-        value = self.fields.get(name)
-        return value if isinstance(value, str) else None
-
-    def number(self, name: str) -> int | None:
-        value = self.fields.get(name)
-        return value if isinstance(value, int) and abs(value) < 2**63 else None
-
-
-@dataclass(frozen=True, slots=True)
-class _Kind:
-    table: str
-    shape: type[msgspec.Struct]
-    columns_of: Callable[[Any, int | None], tuple[Any, ...]]
-    read: Callable[[bytes], Any]
-
-
-def _kind(table: str, shape: type[msgspec.Struct], columns_of: Callable[[Any, int | None], tuple[Any, ...]]) -> _Kind:
-    data = msgspec.defstruct(f"{shape.__name__}Data", [("object", shape)])
-    whole = msgspec.defstruct(f"{shape.__name__}Event", [("data", data)])
-    return _Kind(table, shape, columns_of, msgspec.json.Decoder(whole).decode)
-
-
-_KINDS: dict[str, _Kind] = {
-    "customer": _kind("customers", _Customer, _customer),
-    "subscription": _kind("subscriptions", _Subscription, _subscription),
-    "invoice": _kind("invoices", _Invoice, _invoice),
-    "payment_method": _kind("payment_methods", _PaymentMethod, _payment_method),
-}
-
 _CUSTOMER_TYPES = ("customer.created", "customer.updated", "customer.deleted")
 
 
-def _kind_of(event: Event) -> _Kind | None:
+def _kind_of(event: Event) -> Kind | None:
     object_type = _object_type(event.type)
     # A type that speaks of one thing and carries another is not ours to interpret.
     if object_type is None or event.thin or event.object_id is None or event.object_type not in (None, object_type):
         return None
-    return _KINDS[object_type]
+    return KINDS[object_type]
 
 
 def _object_type(event_type: str) -> str | None:
@@ -460,7 +194,7 @@ def row_before(event: Event, received: datetime) -> Row | None:
         if not previous:
             return None
         # Cleaned like the row itself, or a state would not equal the one that it became.
-        shaped = _converted(kind, _without_nul(_overlaid(event.object, previous)))
+        shaped = _converted(kind, without_nul(overlaid(event.object, previous)))
     except _UNREADABLE:
         raise ProjectionError(_CANNOT_BE_READ) from None
     return _row(kind, event, shaped, received)
@@ -469,7 +203,7 @@ def row_before(event: Event, received: datetime) -> Row | None:
 def plain_object(event: Event) -> dict[str, Any]:
     """`event.object`, without what PostgreSQL's jsonb refuses. Raises ProjectionError when it cannot be read."""
     try:
-        return cast(dict[str, Any], _without_nul(event.object))
+        return cast(dict[str, Any], without_nul(event.object))
     except _UNREADABLE:
         raise ProjectionError(_CANNOT_BE_READ) from None
 
@@ -481,7 +215,7 @@ def plain_object_before(event: Event) -> dict[str, Any] | None:
     """
     try:
         previous = event.previous_attributes
-        return cast(dict[str, Any], _without_nul(_overlaid(event.object, previous))) if previous else None
+        return cast(dict[str, Any], without_nul(overlaid(event.object, previous))) if previous else None
     except _UNREADABLE:
         raise ProjectionError(_CANNOT_BE_READ) from None
 
@@ -506,7 +240,7 @@ def second_of(rank: int) -> int:
     return (rank & (_TERMINAL - 1)) >> 14
 
 
-def _row(kind: _Kind, event: Event, shaped: Any, received: datetime) -> Row:
+def _row(kind: Kind, event: Event, shaped: Any, received: datetime) -> Row:
     return Row(
         kind.table,
         cast(str, event.object_id),
@@ -521,18 +255,10 @@ def _row(kind: _Kind, event: Event, shaped: Any, received: datetime) -> Row:
 
 # ── Reads ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-#: Where Stripe's API has the objects of the four tables, by the type of object.
-PATHS = {
-    "customer": "/v1/customers",
-    "subscription": "/v1/subscriptions",
-    "invoice": "/v1/invoices",
-    "payment_method": "/v1/payment_methods",
-}
-
 
 def table_of_type(object_type: str | None) -> str | None:
     """The billing table of a type of object (`customer`, …), or None where there is none."""
-    kind = _KINDS.get(object_type or "")
+    kind = KINDS.get(object_type or "")
     return kind.table if kind else None
 
 
@@ -543,14 +269,14 @@ def row_of_read(read: Read) -> Row | None:
     so it ends nothing unless an event has said that the object's life is over. Raises ProjectionError when the object
     cannot be read, or has a field of a type Stripe does not document.
     """
-    kind = _KINDS.get(read.object_type)
+    kind = KINDS.get(read.object_type)
     if kind is None:
         return None
     try:
         value = decode(read.body) if read.body else {}
         if not read.body or value.get("deleted") is True:
             return _row_of_gone(kind, read)
-        shaped = _converted(kind, _without_nul(value))
+        shaped = _converted(kind, without_nul(value))
     except _UNREADABLE:
         raise ProjectionError(_CANNOT_BE_READ) from None
     # Of what is still there, only a payment method's life can be over: without its customer, for good.
@@ -561,7 +287,7 @@ def row_of_read(read: Read) -> Row | None:
     return _row_as_read(kind, read, kind.columns_of(shaped, ended), rank)
 
 
-def _row_of_gone(kind: _Kind, read: Read) -> Row | None:
+def _row_of_gone(kind: Kind, read: Read) -> Row | None:
     if kind.table == "subscriptions" or (read.ended is None and not read.body):
         return None
     # Like an event that only says "gone", of the second in which it went. Where no event has told which that was, below
@@ -571,7 +297,7 @@ def _row_of_gone(kind: _Kind, read: Read) -> Row | None:
     return _row_as_read(kind, read, kind.columns_of(kind.shape(), ended), rank)
 
 
-def _row_as_read(kind: _Kind, read: Read, values: tuple[Any, ...], rank: int) -> Row:
+def _row_as_read(kind: Kind, read: Read, values: tuple[Any, ...], rank: int) -> Row:
     return Row(kind.table, *read.key, values, read.source, read.received, rank)
 
 
@@ -603,11 +329,11 @@ _UNREADABLE = (PayloadError, RecursionError)
 _CANNOT_BE_READ = "The object cannot be read: its text is not UTF-8, or it is nested too deep"
 
 
-def _shaped(kind: _Kind, event: Event) -> Any:
+def _shaped(kind: Kind, event: Event) -> Any:
     try:
         # PostgreSQL's text and jsonb hold no NUL; JSON does. Such bodies take the slow road, cleaned on the way.
         if b"\\u0000" in event.body:
-            return _converted(kind, _without_nul(event.object))
+            return _converted(kind, without_nul(event.object))
         try:
             return kind.read(event.body).data.object
         except msgspec.ValidationError as error:
@@ -618,51 +344,11 @@ def _shaped(kind: _Kind, event: Event) -> Any:
         raise ProjectionError(_CANNOT_BE_READ) from None
 
 
-def _converted(kind: _Kind, value: dict[str, Any]) -> Any:
+def _converted(kind: Kind, value: dict[str, Any]) -> Any:
     try:
         return msgspec.convert(value, kind.shape)
     except msgspec.ValidationError as error:
         raise ProjectionError(str(error)) from None
-
-
-def _without_nul(value: Any) -> Any:
-    if isinstance(value, str):
-        return value.replace("\0", "\N{REPLACEMENT CHARACTER}")
-    if isinstance(value, list):
-        return [_without_nul(item) for item in value]
-    if isinstance(value, dict):
-        return {_without_nul(key): _without_nul(item) for key, item in value.items()}
-    return value
-
-
-def _overlaid(now: Any, before: dict[str, Any]) -> dict[str, Any]:
-    # Stripe gives changed keys only; of a changed hash only the changed keys within; lists whole. A key that was
-    # not there before is given as null, which in metadata (text only) is the same as not being there.
-    merged = dict(now) if isinstance(now, dict) else {}
-    for name, value in before.items():
-        merged[name] = _overlaid(merged.get(name), value) if isinstance(value, dict) else value
-    metadata = merged.get("metadata")
-    if isinstance(metadata, dict):
-        merged["metadata"] = {name: value for name, value in metadata.items() if value is not None}
-    return merged
-
-
-_encode = msgspec.json.Encoder(order="deterministic").encode
-
-
-def _json(value: dict[str, Any] | None) -> str:
-    return _encode(value).decode() if value else "{}"
-
-
-def reference(value: Any) -> str | None:
-    """An id, whether Stripe gives it or the whole object; None for anything else."""
-    if isinstance(value, dict):
-        value = value.get("id")
-    return value if isinstance(value, str) and value else None
-
-
-def _price(item: _Item) -> str | None:
-    return (item.price.id if item.price else None) or (item.plan.id if item.plan else None)
 
 
 # ── Rank ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -699,7 +385,7 @@ def _ends(event: Event) -> bool:
     return event.type in _LAST_TYPES
 
 
-def _rank(kind: _Kind, event: Event, shaped: Any) -> int:
+def _rank(kind: Kind, event: Event, shaped: Any) -> int:
     terminal = _ends(event) or getattr(shaped, "status", None) in _FINAL_STATUSES
     step, attempts = _progress(kind, shaped)
     stage = 2 if _ends(event) else 0 if begins(event) else 1
@@ -707,7 +393,7 @@ def _rank(kind: _Kind, event: Event, shaped: Any) -> int:
     return terminal * _TERMINAL | event.created << 14 | step << 12 | stage << 10 | attempts << 1 | whole
 
 
-def _progress(kind: _Kind, shaped: Any) -> tuple[int, int]:
+def _progress(kind: Kind, shaped: Any) -> tuple[int, int]:
     """How far along the object is within one second, and how often its payment was tried."""
     status = getattr(shaped, "status", None) or ""
     if kind.table == "invoices":

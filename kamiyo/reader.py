@@ -25,7 +25,8 @@ from kamiyo.database import Pool, load_queries
 from kamiyo.errors import PayloadError
 from kamiyo.event import Event, decode, lane_of, snapshot_type
 from kamiyo.handlers import Registry
-from kamiyo.projections import PATHS, THIN_ENDS, Read
+from kamiyo.projections import THIN_ENDS, Read
+from kamiyo.shapes import PATHS
 from kamiyo.stripe_api import StripeApi, StripeGone, StripeKeyRefused, StripeRefused, StripeUnavailable
 from kamiyo.telemetry import happened
 

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kamiyo import projections, ties
+from kamiyo import projections, shapes, ties
 from kamiyo.database import Connection, load_queries
 from kamiyo.errors import PayloadError
 from kamiyo.event import Event, decode, lane_of
-from kamiyo.projections import PATHS, ProjectionError, Read, Row, Stored
+from kamiyo.projections import ProjectionError, Read, Row, Stored
+from kamiyo.shapes import PATHS
 
 _SQL = load_queries("reads.sql")
 
@@ -162,7 +163,7 @@ def customer_of(read: Read) -> str | None:
         value = decode(read.body) if read.body else {}
     except PayloadError:
         return None
-    return projections.reference(value.get("customer")) or projections.reference(value.get("customer_account"))
+    return shapes.reference(value.get("customer")) or shapes.reference(value.get("customer_account"))
 
 
 def _unreadable(read: Read) -> bool:

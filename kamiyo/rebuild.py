@@ -11,7 +11,8 @@ from datetime import datetime
 
 from kamiyo import inbox, mirror, projections, ties
 from kamiyo.database import Connection, load_queries
-from kamiyo.projections import TABLES, ProjectionError
+from kamiyo.projections import ProjectionError
+from kamiyo.shapes import TABLES
 
 _SQL = load_queries("projections.sql")
 _DAWN = datetime.fromisoformat("2000-01-01T00:00:00+00:00")

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from kamiyo import inbox, projections
+from kamiyo import inbox, projections, shapes
 from kamiyo.database import Connection
 from kamiyo.event import Event
 from kamiyo.projections import ProjectionError, Row, Standing, Stored
@@ -238,7 +238,7 @@ class _Look:
 
 
 def _facts(row: Row) -> dict[str, Any]:
-    facts = dict(zip(projections.COLUMNS[row.table], row.values, strict=True))
+    facts = dict(zip(shapes.COLUMNS[row.table], row.values, strict=True))
     metadata = json.loads(facts.pop("metadata"))
     return facts | {f"metadata {name}": value for name, value in metadata.items()}
 

@@ -26,7 +26,8 @@ from kamiyo import projections
 from kamiyo.database import Connection, load_queries
 from kamiyo.errors import PayloadError
 from kamiyo.event import Event
-from kamiyo.projections import COLUMNS, ProjectionError, Row
+from kamiyo.projections import ProjectionError, Row
+from kamiyo.shapes import COLUMNS
 
 _SQL = load_queries("shadow.sql")
 

@@ -14,7 +14,7 @@ from kamiyo.audit import AT_LEAST, PRIVATE, Audited, Verdict, audit, sizes
 from kamiyo.cli.main import app as command_line
 from kamiyo.database import Connection
 from kamiyo.errors import KamiyoError
-from kamiyo.projections import COLUMNS
+from kamiyo.shapes import COLUMNS
 from kamiyo.simulator import STORIES, World, lifecycle
 from kamiyo.worker import Worker
 from tests.conftest import MakeSettings, event_json

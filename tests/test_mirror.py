@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kamiyo import database, inbox, mirror, projections, rebuild
+from kamiyo import database, inbox, mirror, projections, rebuild, shapes
 from kamiyo.database import Connection
 from kamiyo.event import Event
 from kamiyo.handlers import Registry
@@ -169,7 +169,7 @@ async def test_workers_and_a_rebuild_come_to_the_same(
         await db.execute(f"DELETE FROM {table}")  # noqa: S608 - our own names
 
 
-_BILLING = tuple(f"billing.{table}" for table in projections.TABLES)
+_BILLING = tuple(f"billing.{table}" for table in shapes.TABLES)
 
 
 # ── What is kept ────────────────────────────────────────────────────────────────────────────────────────────

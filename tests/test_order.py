@@ -17,13 +17,14 @@ from hypothesis import Phase, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from kamiyo import inbox, projections, rebuild, ties
+from kamiyo import inbox, projections, rebuild, shapes, ties
 from kamiyo.database import Connection
 from kamiyo.event import Event
 from kamiyo.handlers import Registry
 from kamiyo.inbox import Outcome
-from kamiyo.projections import TABLES, Read, Row
+from kamiyo.projections import Read, Row
 from kamiyo.receive import ready_to_project
+from kamiyo.shapes import TABLES
 from kamiyo.simulator import API_VERSIONS, SimulatedEvent, World, deliveries, lifecycle, thin
 from kamiyo.simulator.terms import DAY
 from tests.conftest import MakeSettings, event_json, examples, fresh_id
@@ -189,7 +190,7 @@ async def test_told_backwards_every_event_but_the_last_state_is_superseded(lives
 
 
 def _as_plain(row: Row) -> dict[str, Any]:
-    pairs = zip(projections.COLUMNS[row.table], row.values, strict=True)
+    pairs = zip(shapes.COLUMNS[row.table], row.values, strict=True)
     return {name: json.loads(value) if name in ("metadata", "items") else value for name, value in pairs}
 
 

@@ -13,7 +13,8 @@ import pytest
 from kamiyo import inbox, projections
 from kamiyo.database import Connection
 from kamiyo.handlers import GUIDE_TYPES
-from kamiyo.projections import COLUMNS, ProjectionError, Row, row_before, row_of
+from kamiyo.projections import ProjectionError, Row, row_before, row_of
+from kamiyo.shapes import COLUMNS
 from kamiyo.simulator import API_VERSIONS, World, lifecycle, thin
 from kamiyo.worker import Worker
 from tests.conftest import MakeSettings, event_json, fresh_id

@@ -16,7 +16,8 @@ import pytest
 from kamiyo import database, inbox, projections, reads, rebuild
 from kamiyo.database import Connection, Pool
 from kamiyo.event import lane_of
-from kamiyo.projections import PATHS, ProjectionError, Read, row_of_read
+from kamiyo.projections import ProjectionError, Read, row_of_read
+from kamiyo.shapes import PATHS
 from kamiyo.stripe_api import StripeApi
 from tests.conftest import ROOT, MakeSettings, event_json
 from tests.stripe_server import HANGS, KEY, StripeServer, stripe_server

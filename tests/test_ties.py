@@ -12,7 +12,8 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kamiyo.projections import COLUMNS, Row, row_before, row_of
+from kamiyo.projections import Row, row_before, row_of
+from kamiyo.shapes import COLUMNS
 from kamiyo.simulator import API_VERSIONS
 from kamiyo.simulator.events import previous_attributes
 from kamiyo.ties import Observation, decide

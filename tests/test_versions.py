@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import stripe
 
-from kamiyo.projections import COLUMNS, Row, row_of
+from kamiyo.projections import Row, row_of
+from kamiyo.shapes import COLUMNS
 from kamiyo.simulator import API_VERSIONS, CURRENT_API_VERSION
 from tests import versions
 from tests.conftest import event_json

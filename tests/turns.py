@@ -17,8 +17,8 @@ from kamiyo import database, inbox
 from kamiyo.database import Connection
 from kamiyo.event import Event, parse
 from kamiyo.handlers import Registry
-from kamiyo.projections import TABLES
 from kamiyo.settings import Settings
+from kamiyo.shapes import TABLES
 from kamiyo.worker import Worker
 from tests.conftest import fresh_id
 

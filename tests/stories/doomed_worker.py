@@ -1,7 +1,8 @@
 """A worker in a process of its own, whose handlers can be its death.
 
-    python -m tests.stories.doomed_worker URL DOOM
+    python -m tests.stories.doomed_worker URL DOOM IDLE_LIMIT
 
+PostgreSQL ends a session of its that sits idle for IDLE_LIMIT seconds, and it waits no longer for an answer.
 Every handler leaves an effect in `shop.effects` first. What it does then is DOOM, for events whose object says
 `doomed`; all others are handled well:
 
@@ -27,9 +28,6 @@ from kamiyo.handlers import Registry
 from kamiyo.projections import Row
 from kamiyo.settings import Settings
 from kamiyo.worker import Worker
-
-#: Seconds after which PostgreSQL ends a session of this worker's that sits idle.
-IDLE_LIMIT = 2.0
 
 registry = Registry()
 
@@ -70,12 +68,12 @@ def _ends_in_projection(row_of: Callable[[Event, datetime], Row | None]) -> Call
     return deadly
 
 
-async def main(url: str, doom: str) -> None:
+async def main(url: str, doom: str, idle_limit: str) -> None:
     """Work until killed."""
     if doom == "projects":
         setattr(projections, "row_of", _ends_in_projection(projections.row_of))  # noqa: B010 - not a plain assignment
     changes: dict[str, Any] = {"KAMIYO_FIRST_RETRY_DELAY": 0.01, "KAMIYO_WORKER_CONCURRENCY": 1}
-    pool = await database.open_pool(url, size=4, application=f"doomed {os.getpid()}", idle_limit=IDLE_LIMIT)
+    pool = await database.open_pool(url, size=4, application=f"doomed {os.getpid()}", idle_limit=float(idle_limit))
     await Worker(pool, url, Settings(_env_file=None, **changes), registry).run()
 
 

@@ -40,8 +40,8 @@ from tests.conftest import (
 )
 from tests.turns import NOW, example, put
 
-# Load and grace are measured in seconds: these run after the others, in two processes, for most of them wait. Those that
-# need a core for themselves do not meet.
+# Load and grace are measured in seconds: these run after the others, in two processes, for most of them wait.
+# Those that need a core for themselves do not meet.
 pytestmark = pytest.mark.alone
 with_a_core = pytest.mark.xdist_group("with a core")
 

