@@ -31,11 +31,16 @@ help: ## Say what there is
 run: $(VENV)/.runtime $(VENV)/.project ## Set up if need be, and start on http://127.0.0.1:8000 (PORT=9000: another port)
 	@exec $(PY) -m kamiyo serve --dev $(ARGS)
 
-# Side by side on as many cores as there are, four at most; what runs against the clock comes after, one by one.
+# The tests start some two hundred interpreters, and each would compile this project anew where nothing is kept.
+test properties: export PYTHONDONTWRITEBYTECODE :=
+
+# Side by side, one more than there are cores, since many of them wait; what runs against the clock comes after, two and two.
+BESIDE = $(shell n=`getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2`; [ $$n -lt 4 ] && expr $$n + 1 || echo 4)
+
 test: $(VENV)/.dev $(VENV)/.project ## Run the tests (ARGS="tests/test_event.py -x")
 ifeq ($(ARGS),)
-	@$(PY) -m pytest -q -n auto --maxprocesses 4 --dist worksteal -m "not alone"
-	@$(PY) -m pytest -q -m alone
+	@$(PY) -m pytest -q -n $(BESIDE) --dist worksteal -m "not alone"
+	@$(PY) -m pytest -q -n 2 --dist loadgroup -m alone tests/stories
 else
 	@$(PY) -m pytest $(ARGS)
 endif

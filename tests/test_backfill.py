@@ -116,7 +116,14 @@ async def test_what_comes_in_while_it_runs_is_never_overwritten_and_never_lost(
     worker = await worker_on(database_url, settings())
     unchanged, late = rng.sample(ids, len(ids)), list[bytes]()
 
+    # One connection takes one question at a time, and the next page may come before this stream is through.
+    by_turns = asyncio.Lock()
+
     async def stream() -> None:
+        async with by_turns:
+            await change_some()
+
+    async def change_some() -> None:
         # Stripe changes some that are filled already and some that are not. Half of the events come at once, the other
         # half when everything is over.
         for number in range(40):

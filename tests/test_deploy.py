@@ -19,7 +19,7 @@ import yaml
 
 from docs import generate
 from kamiyo.settings import Settings
-from tests.conftest import ROOT
+from tests.conftest import DEADLINE, ROOT
 
 DEPLOY = ROOT / "deploy"
 UNITS = sorted((DEPLOY / "systemd").iterdir())
@@ -33,7 +33,7 @@ def run(*words: str, folder: Path = ROOT, variables: Mapping[str, str] | None = 
         words,
         cwd=folder,
         text=True,
-        timeout=100,
+        timeout=4 * DEADLINE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         env={"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/nonexistent", **(variables or {})},

@@ -215,3 +215,9 @@ def test_sql_is_never_put_together_from_values() -> None:
     ]
     # `CREATE DATABASE` takes no parameter, and the name is a constant; the doctor words advice, and runs none of it.
     assert {place.split(":")[0] for place in found} <= {"kamiyo.postgres.server", "kamiyo.doctor.postgresql"}
+
+
+def test_what_runs_alone_is_a_story_for_make_looks_for_it_nowhere_else() -> None:
+    alone = [path for path in (ROOT / "tests").rglob("*.py") if "pytest.mark." + "alone" in path.read_text("utf-8")]
+    assert alone and {path.parent.name for path in alone} == {"stories"}
+    assert "-m alone tests/stories" in (ROOT / "Makefile").read_text(encoding="utf-8")

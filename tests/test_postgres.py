@@ -27,15 +27,19 @@ ROOT = Path(__file__).resolve().parent.parent
 INSTALLED = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
 """PostgreSQLs of Debian's, if there are any."""
 
+# A signal that comes just before a process begins to wait does not end its wait; through the pipe it does.
 USER = """
-import sys
+import select, signal, socket, sys
 from pathlib import Path
 from kamiyo.postgres import EmbeddedPostgres
 
+heard, tell = socket.socketpair()
+tell.setblocking(False)
+signal.set_wakeup_fd(tell.fileno())
 with EmbeddedPostgres.start(Path(sys.argv[1]), durable=False) as server:
-    print(server.pid, server.url, flush=True)
     try:
-        sys.stdin.readline()
+        print(server.pid, server.url, flush=True)
+        select.select([sys.stdin, heard], [], [])
     except KeyboardInterrupt:
         pass
 print("left", flush=True)
@@ -130,7 +134,7 @@ def _end_servers(folder: Path) -> None:
     left = _servers(folder)
     for process in left:
         process.kill()
-    psutil.wait_procs(left, timeout=10)
+    psutil.wait_procs(left, timeout=60)
 
 
 def _ask(url: str, query: str) -> object:
@@ -291,7 +295,7 @@ async def _stopped_session(url: str) -> psutil.Process:
 
 
 def _wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline, "it never came"
         time.sleep(0.01)

@@ -22,6 +22,7 @@ from kamiyo.handlers import Registry
 from kamiyo.receive import Message, Receipt, Receiver
 from kamiyo.signature import sign
 from tests.conftest import (
+    DEADLINE,
     SECRET,
     MakeSettings,
     NewDatabase,
@@ -318,7 +319,7 @@ async def test_a_delivery_is_answered_in_time_even_while_nobody_commits_at_all(d
 
 async def test_without_a_database_every_delivery_is_refused_and_none_waits_for_ever() -> None:
     async with opened("postgresql://nobody@/nothing?host=/nonexistent", KAMIYO_COMMIT_TIMEOUT=0.5) as receiver:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE):
             answers = await asyncio.gather(
                 *(receive(receiver, event_json()) for _ in range(20)), return_exceptions=True
             )
@@ -403,7 +404,7 @@ async def test_an_event_with_a_handler_is_left_to_the_workers_and_they_are_woken
     heard = asyncio.Event()
     async with listening(database_url, heard.set):
         await receive(receiver, event_json("evt_1", HANDLED))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE):
             await heard.wait()
     assert await stored(db) == {"evt_1": "pending"}
 

@@ -19,7 +19,7 @@ from kamiyo.web import create_app, webhooks
 from kamiyo.web.app import STRIPE_PATH, KamiyoApi, create_router
 from kamiyo.web.webhooks import Receive, Scope, Send, StripeEndpoint
 from kamiyo.web.wire import WireProtocol
-from tests.conftest import SECRET, Log, MakeSettings, event_json, fresh_id, signed, until
+from tests.conftest import DEADLINE, SECRET, Log, MakeSettings, event_json, fresh_id, signed, until
 from tests.turns import statuses
 
 _END = b"HTTP/1.1 200 OK"
@@ -47,7 +47,7 @@ class Door:
                 await asyncio.sleep(0)
             if hang_up:
                 return b""
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(DEADLINE):
                 return await reader.read()
         finally:
             writer.close()
@@ -114,34 +114,37 @@ def plain(answer: bytes) -> bytes:
     return re.sub(rb"evt_\w+|date: [^\r]*", b"", answer)
 
 
-_BODY = event_json("evt_same")
-_UNSIGNED = {"Host": "kamiyo", "Content-Length": "2"}
-_CHUNKED = {"Host": "kamiyo", **signed(b'{"id":1}'), "Transfer-Encoding": "chunked"}
+def requests() -> dict[str, tuple[list[bytes], bool | None]]:
+    """By how they are worded, and whether the short way takes them; None: they never were for the endpoint.
 
-#: How they are worded, and whether the short way takes them; None: they never were for the endpoint.
-_REQUESTS: dict[str, tuple[list[bytes], bool | None]] = {
-    "an event": ([request()], True),
-    "a copy": ([request(_BODY, last=False) + request(_BODY)], False),
-    "a copy, later": ([request(_BODY)], True),
-    "in pieces": ([part.to_bytes() for part in request()], True),
-    "names of headers in any case": ([request().replace(b"Stripe-Signature", b"sTRIPE-sIGNATURE")], True),
-    "forged": ([request(headers={**_UNSIGNED, "Stripe-Signature": "t=1,v1=00"}, body=b"{}")], True),
-    "unsigned": ([request(headers=_UNSIGNED, body=b"{}")], True),
-    "no event": ([request(b"[]")], True),
-    "no text": ([request(b"\xff")], True),
-    "empty": ([request(b"")], True),
-    "too long": ([request(event_json(extra="x" * 30_000))], False),
-    "too long to count": ([request(headers={"Host": "k", "Content-Length": "9" * 30}, body=b"{}")], None),
-    "without a length": ([request(headers={"Host": "kamiyo"}, body=b"")], False),
-    "chunked": ([request(headers=_CHUNKED, body=b'8\r\n{"id":1}\r\n0\r\n\r\n')], False),
-    "of HTTP/1.0": ([request(version="1.0", last=False)], False),
-    "that waits to be asked": ([request(Expect="100-continue")], False),
-    "an upgrade": ([request(last=False, Connection="upgrade, close", Upgrade="h2c")], False),
-    "another method": ([request(method="GET")], None),
-    "another path": ([request(path=STRIPE_PATH + "/")], None),
-    "with a question": ([request(path=STRIPE_PATH + "?x=1")], False),
-    "nonsense": ([b"what?\r\n\r\n"], None),
-}
+    Signed when they are asked for: a signature is good for five minutes, and so long a run may take to come here.
+    """
+    body = event_json("evt_same")
+    unsigned = {"Host": "kamiyo", "Content-Length": "2"}
+    chunked = {"Host": "kamiyo", **signed(b'{"id":1}'), "Transfer-Encoding": "chunked"}
+    return {
+        "an event": ([request()], True),
+        "a copy": ([request(body, last=False) + request(body)], False),
+        "a copy, later": ([request(body)], True),
+        "in pieces": ([part.to_bytes() for part in request()], True),
+        "names of headers in any case": ([request().replace(b"Stripe-Signature", b"sTRIPE-sIGNATURE")], True),
+        "forged": ([request(headers={**unsigned, "Stripe-Signature": "t=1,v1=00"}, body=b"{}")], True),
+        "unsigned": ([request(headers=unsigned, body=b"{}")], True),
+        "no event": ([request(b"[]")], True),
+        "no text": ([request(b"\xff")], True),
+        "empty": ([request(b"")], True),
+        "too long": ([request(event_json(extra="x" * 30_000))], False),
+        "too long to count": ([request(headers={"Host": "k", "Content-Length": "9" * 30}, body=b"{}")], None),
+        "without a length": ([request(headers={"Host": "kamiyo"}, body=b"")], False),
+        "chunked": ([request(headers=chunked, body=b'8\r\n{"id":1}\r\n0\r\n\r\n')], False),
+        "of HTTP/1.0": ([request(version="1.0", last=False)], False),
+        "that waits to be asked": ([request(Expect="100-continue")], False),
+        "an upgrade": ([request(last=False, Connection="upgrade, close", Upgrade="h2c")], False),
+        "another method": ([request(method="GET")], None),
+        "another path": ([request(path=STRIPE_PATH + "/")], None),
+        "with a question": ([request(path=STRIPE_PATH + "?x=1")], False),
+        "nonsense": ([b"what?\r\n\r\n"], None),
+    }
 
 
 async def test_whatever_is_sent_the_answer_is_the_one_that_asgi_gives(
@@ -150,7 +153,7 @@ async def test_whatever_is_sent_the_answer_is_the_one_that_asgi_gives(
     async with opened(
         create_app(settings(KAMIYO_WORKER=False, KAMIYO_MAX_BODY_BYTES=20_000)), HttpToolsProtocol
     ) as other:
-        for name, (parts, short) in _REQUESTS.items():
+        for name, (parts, short) in requests().items():
             door.through_asgi.clear()
             said = await door.say(*parts)
             if name != "a copy, later":

@@ -17,7 +17,7 @@ from kamiyo.handlers import Bury, Registry, Retry
 from kamiyo.inbox import Filters
 from kamiyo.postgres import temporary_postgres
 from kamiyo.worker import MOST_HANDLED_TOGETHER, Worker
-from tests.conftest import Log, MakeSettings, event_json, fresh_id, settled, until
+from tests.conftest import DEADLINE, Log, MakeSettings, event_json, fresh_id, settled, until
 from tests.turns import (
     NOW,
     billing,
@@ -190,13 +190,13 @@ async def test_a_second_handler_may_take_as_long_as_the_first_before_the_session
     db: Connection, other: Connection, own: Registry, make_worker: MakeWorker
 ) -> None:
     # PostgreSQL ends a session that has been silent for longer than a handler may take, and a margin.
-    await other.execute("SET idle_in_transaction_session_timeout = '1s'")
+    await other.execute("SET idle_in_transaction_session_timeout = '1.4s'")
 
-    for _ in range(3):
+    for _ in range(4):
 
         @own.on("invoice.paid")
         async def calls_somebody(event: Event, db: Connection) -> None:
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(0.4)
 
     await put(db, of("cus_1", "evt_1"))
     await (await make_worker()).run_once(other)
@@ -551,7 +551,7 @@ async def test_many_workers_never_have_two_events_of_one_customer_at_a_time(
             await worker.run_once(db)
         await db.close()
 
-    async with asyncio.timeout(30), asyncio.TaskGroup() as workers:
+    async with asyncio.timeout(DEADLINE), asyncio.TaskGroup() as workers:
         for _ in range(4):
             workers.create_task(work())
 

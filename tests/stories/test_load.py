@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -26,11 +26,24 @@ from bench.chaos.ground import free_ports, listening
 from bench.chaos.proxy import carrying
 from bench.chaos.stripe import Answer, Connections, request_for
 from kamiyo.database import Connection
-from tests.conftest import ADMIN_KEY, SECRET, NewDatabase, Served, event_json, fresh_id, serving, settled, until
+from tests.conftest import (
+    ADMIN_KEY,
+    DEADLINE,
+    SECRET,
+    NewDatabase,
+    Served,
+    event_json,
+    fresh_id,
+    serving,
+    settled,
+    until,
+)
 from tests.turns import NOW, example, put
 
-# Load and grace are measured in seconds: these run after the others, one by one.
+# Load and grace are measured in seconds: these run after the others, in two processes, for most of them wait.
+# Those that need a core for themselves do not meet.
 pytestmark = pytest.mark.alone
+with_a_core = pytest.mark.xdist_group("with a core")
 
 SECONDS = float(os.environ.get("KAMIYO_LOAD_SECONDS", "4"))
 
@@ -63,6 +76,7 @@ def two_servers(database_url: str) -> Iterator[list[int]]:
 # ── Two servers, one customer, four tables ──────────────────────────────────────────────────────────────────────
 
 
+@with_a_core
 async def test_two_servers_take_one_customers_events_over_all_four_tables_without_a_deadlock(
     two_servers: list[int], db: Connection
 ) -> None:
@@ -93,7 +107,7 @@ async def test_two_servers_take_one_customers_events_over_all_four_tables_withou
     async def at_rest() -> bool:
         return not await db.fetchval("SELECT count(*) FROM webhook_events WHERE next_try_at IS NOT NULL")
 
-    await until(at_rest, within=60)
+    await until(at_rest)
     assert await db.fetch("SELECT error_type, count(*) FROM webhook_failures GROUP BY 1") == []
     # The numbers of a session reach the view when it is idle for a second.
     await db.execute("SELECT pg_stat_force_next_flush()")
@@ -115,6 +129,7 @@ def _subjects(customer: str, count: int) -> list[tuple[str, dict[str, Any]]]:
 # ── More than can be committed ──────────────────────────────────────────────────────────────────────────────────
 
 
+@with_a_core
 async def test_at_ten_times_the_load_it_can_carry_a_server_sheds_and_keeps_what_it_acknowledged(
     new_database: NewDatabase,
 ) -> None:
@@ -127,10 +142,12 @@ async def test_at_ten_times_the_load_it_can_carry_a_server_sheds_and_keeps_what_
         "CREATE TRIGGER slowly BEFORE INSERT ON webhook_events FOR EACH ROW EXECUTE FUNCTION slowly()"
     )
     with serving(url, KAMIYO_LOG_LEVEL="error") as server:
-        carried = await _offered(port_of(server), connections=100, rate=1_000, seconds=2)
-        capacity = max(len(carried.acknowledged) / 2, 20)
+        carried = await _offered(port_of(server), connections=100, rate=1_000, seconds=1)
+        capacity = max(len(carried.acknowledged), 20)
         watched = psutil.Process(server.process.pid)
-        flood = asyncio.create_task(_offered(port_of(server), connections=3_000, rate=10 * capacity, seconds=6))
+        flood = asyncio.create_task(
+            _offered(port_of(server), connections=3_000, rate=10 * capacity, seconds=4, until=_Seen.most_are_shed)
+        )
         most = 0
         while not flood.done():
             most = max(most, watched.memory_info().rss)
@@ -139,12 +156,12 @@ async def test_at_ten_times_the_load_it_can_carry_a_server_sheds_and_keeps_what_
         assert set(shed.statuses) <= {"200", "503", "connection"}, shed.statuses
         # A connection that the machine does not get round to in time is a retry, like a 503; most are to be answered.
         assert shed.statuses["connection"] < 0.05 * shed.statuses.total()
-        assert shed.statuses["503"] > shed.statuses["200"] > 0
+        assert shed.most_are_shed(), shed.statuses
         assert shed.retry_after == {"2"}
         assert most < MOST_RESIDENT, f"{most >> 20} MiB"
         # It has its breath back at once: what it refuses costs it nothing later.
         await db.execute("DROP TRIGGER slowly ON webhook_events")
-        await until(lambda: _is_taken(port_of(server)), within=30)
+        await until(lambda: _is_taken(port_of(server)))
     promised = carried.acknowledged | shed.acknowledged
     stored = {
         event_id: digest
@@ -168,9 +185,17 @@ class _Seen:
         self.retry_after: set[str] = set()
         self.acknowledged: dict[str, str] = {}
 
+    def most_are_shed(self) -> bool:
+        return self.statuses["503"] > self.statuses["200"] > 0
 
-async def _offered(port: int, *, connections: int, rate: float, seconds: float) -> _Seen:
-    """Post `rate` new events a second, whatever becomes of them, over at most so many connections."""
+
+async def _offered(
+    port: int, *, connections: int, rate: float, seconds: float, until: Callable[[_Seen], bool] | None = None
+) -> _Seen:
+    """Post `rate` new events a second, whatever becomes of them, over at most so many connections.
+
+    For so many seconds; on a machine that is busy with something else on until `until` is true, at most DEADLINE.
+    """
     seen, tickets = _Seen(), asyncio.Queue[None]()
     padding = "x" * 12_000
 
@@ -196,7 +221,7 @@ async def _offered(port: int, *, connections: int, rate: float, seconds: float) 
     async with asyncio.TaskGroup() as tasks:
         carriers = [tasks.create_task(carry()) for _ in range(connections)]
         began, sent = time.monotonic(), 0
-        while (now := time.monotonic() - began) < seconds:
+        while (now := time.monotonic() - began) < seconds or (until and not until(seen) and now < DEADLINE):
             while sent < now * rate:
                 tickets.put_nowait(None)
                 sent += 1
@@ -210,6 +235,7 @@ async def _offered(port: int, *, connections: int, rate: float, seconds: float) 
 # ── Slow clients ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@with_a_core
 async def test_three_hundred_slow_clients_hold_up_no_delivery_and_are_sent_away(
     database_url: str, tmp_path: Path
 ) -> None:
@@ -236,13 +262,14 @@ async def test_three_hundred_slow_clients_hold_up_no_delivery_and_are_sent_away(
             assert (await post(port, event_json())).status == "200"
             took.append(time.monotonic() - began)
         assert sorted(took)[len(took) // 2] < 0.5, took
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(DEADLINE):
             for reader, _ in in_headers + in_body:
                 assert (await reader.readline()).startswith(b"HTTP/1.1 408")
             for reader, _ in silent:
                 assert await reader.read() == b""
 
 
+@with_a_core
 async def test_half_bodies_and_heads_without_end_take_no_more_memory_than_they_may(
     database_url: str, tmp_path: Path
 ) -> None:
@@ -294,7 +321,7 @@ async def _slow_client(port: int) -> AsyncIterator[tuple[asyncio.StreamReader, a
 
 _GRACE = 3.0
 # A process needs a moment to take itself down once it is done, and the machine may be busy.
-_MARGIN = 1.5
+_MARGIN = 2.5
 
 _SLOW_HANDLER = """
 import asyncio, pathlib
@@ -509,7 +536,7 @@ async def test_a_database_that_is_away_does_not_make_a_stop_take_the_whole_grace
             await stack.enter_async_context(proxy.unreachable())
         else:
             proxy.fall_silent()
-        assert await _stopped(server) < (2 if how == "refuses" else 5)
+        assert await _stopped(server) < (4 if how == "refuses" else 5)
     # Whoever comes next finds it.
     assert await db.fetchval("SELECT status FROM webhook_events WHERE event_id = $1", event_id) == "processing"
 
@@ -547,6 +574,7 @@ async def _stopped(member: Member) -> float:
 # ── A rolling restart ───────────────────────────────────────────────────────────────────────────────────────────
 
 
+@with_a_core
 async def test_a_rolling_restart_of_two_servers_under_load_loses_no_request(
     slow_database: tuple[str, Connection], tmp_path: Path
 ) -> None:

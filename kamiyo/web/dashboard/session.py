@@ -9,7 +9,7 @@ import hashlib
 import hmac
 import secrets
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from itsdangerous import BadSignature, TimestampSigner
 from starlette.requests import Request
@@ -32,6 +32,12 @@ class Session:
         return hmac.compare_digest(self.token.encode(), token.encode("utf-8", "replace"))
 
 
+@lru_cache(maxsize=4)
+def _made_of(key: str) -> bytes:
+    # RFC 7914; 16 MiB and some 50 ms, once in the life of a process, however many applications it makes.
+    return hashlib.scrypt(key.encode(), salt=b"kamiyo dashboard session", n=2**14, r=8, p=1)
+
+
 @dataclass
 class Sessions:
     """Begins, reads and ends sessions under one admin key."""
@@ -40,8 +46,7 @@ class Sessions:
 
     @cached_property
     def _secret(self) -> bytes:
-        # RFC 7914; 16 MiB and some 50 ms, once in the life of a process.
-        return hashlib.scrypt(self.key.encode(), salt=b"kamiyo dashboard session", n=2**14, r=8, p=1)
+        return _made_of(self.key)
 
     @cached_property
     def _signer(self) -> TimestampSigner:

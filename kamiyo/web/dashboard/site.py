@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, quote, urlencode
@@ -134,6 +134,33 @@ class Visit:
 
 
 Answer = Callable[[Visit], Awaitable[Response]]
+
+
+@cache
+def _templates() -> jinja2.Environment:
+    # One for all applications of a process: a template is compiled once.
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        auto_reload=False,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters |= {
+        "when": lambda moment: wording.when(moment, datetime.now(UTC)),
+        "at": wording.at,
+        "exact": wording.exact,
+        "day": wording.day,
+        "span": wording.span,
+        "count": wording.count,
+        "percent": wording.percent,
+        "money": wording.money,
+        "state": wording.state,
+        "groupby_in_order": _grouped,
+    }
+    templates.globals |= {"plural": wording.plural, "MOST_COUNTED": queries.MOST_COUNTED}
+    return templates
 
 
 class Dashboard:
@@ -294,34 +321,11 @@ class Dashboard:
 
     def render(self, template: str, visit: Visit, **values: Any) -> str:
         """The text of a page."""
-        return self._templates.get_template(template).render(
-            visit=visit, url=visit.url, static=lambda name: f"{visit.base}/{self._address_of(name)}", **values
+        return (
+            _templates()
+            .get_template(template)
+            .render(visit=visit, url=visit.url, static=lambda name: f"{visit.base}/{self._address_of(name)}", **values)
         )
-
-    @cached_property
-    def _templates(self) -> jinja2.Environment:
-        templates = jinja2.Environment(
-            loader=jinja2.FileSystemLoader(_HERE / "templates"),
-            autoescape=True,
-            undefined=jinja2.StrictUndefined,
-            auto_reload=False,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        templates.filters |= {
-            "when": lambda moment: wording.when(moment, datetime.now(UTC)),
-            "at": wording.at,
-            "exact": wording.exact,
-            "day": wording.day,
-            "span": wording.span,
-            "count": wording.count,
-            "percent": wording.percent,
-            "money": wording.money,
-            "state": wording.state,
-            "groupby_in_order": _grouped,
-        }
-        templates.globals |= {"plural": wording.plural, "MOST_COUNTED": queries.MOST_COUNTED}
-        return templates
 
     # ── The stylesheet, the script, the icon ────────────────────────────────────────────────────────────────────
 
