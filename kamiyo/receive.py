@@ -262,6 +262,7 @@ class Receiver:
                     # There may be nobody at the other end any more: a lost route ends no connection. The next group
                     # gets another one.
                     db.terminate()
+                    raise
                 if db.is_closed():
                     raise
             finally:
