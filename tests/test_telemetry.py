@@ -355,7 +355,7 @@ async def test_no_secret_and_nothing_of_a_customers_is_logged_or_counted(
     async def failing(event: Event, db: Connection) -> None:
         raise RuntimeError(f"cannot greet {event.object['email']}")
 
-    private = ("jenny.rosen@example.com", "Jenny Rosen", "+15551234567", "4242", "my secret plan")
+    private = ("jenny.rosen@example.com", "Jenny Rosen", "+15551234567", "4242424242424242", "my secret plan")
     customer = {
         "id": "cus_1",
         "object": "customer",

@@ -32,7 +32,7 @@ from kamiyo.retry import MAX_ATTEMPTS, delay_after
 _log = logging.getLogger("chaos")
 
 #: Events a second: what two cores take beside all the rest of this.
-RATE = 90.0
+RATE = 75.0
 
 #: Requests a second that Stripe's API may be asked, by all processes together. Few, so that they run out.
 API_RATE = 15
