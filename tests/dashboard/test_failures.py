@@ -123,6 +123,7 @@ async def test_those_that_fail_again_are_counted_as_such(
 
     text = await until(failed_again)
     assert text is not None and "Those that failed again have new tries of their own" in text
+    assert "Done, and 7 failed again" in text
 
 
 async def test_of_a_replay_of_very_many_the_first_are_followed_and_the_page_says_so(
