@@ -154,6 +154,18 @@ async def reads_since(db: Connection, before: dict[str, tuple[int, int, int]]) -
     }
 
 
+async def test_a_question_about_all_payloads_is_not_shared_out_where_postgresql_would(ledger: Connection) -> None:
+    await ledger.execute(
+        "SET LOCAL parallel_setup_cost = 0; SET LOCAL parallel_tuple_cost = 0; SET LOCAL min_parallel_table_scan_size = 0; "
+        "SET LOCAL min_parallel_index_scan_size = 0; SET LOCAL max_parallel_workers_per_gather = 2"
+    )
+    assert "Gather" in await ledger.fetchval("EXPLAIN (FORMAT JSON) SELECT body FROM webhook_payloads")
+    assert "Gather" not in await ledger.fetchval("EXPLAIN (FORMAT JSON) SELECT payload FROM webhook_event_payloads")
+    # None of these bodies is JSON: each is caught, which PostgreSQL up to 16 refuses to do in shared work.
+    unread = await ledger.fetchval("SELECT count(*) FROM webhook_event_payloads WHERE payload IS NULL")
+    assert unread == EVENTS
+
+
 async def test_claiming_looks_up_what_is_due_and_each_body_in_the_day_it_lies_in(ledger: Connection) -> None:
     # Those whose numbers are apart by a multiple of nine lie in one day.
     await ledger.execute(
