@@ -62,6 +62,7 @@ class Options:
     results: Path
     docs: Path | None
     patience: float
+    server: dict[str, str]
 
 
 @dataclass
@@ -536,6 +537,9 @@ def options_of(words: Sequence[str] | None = None) -> Options:
     parser.add_argument(
         "--patience", type=float, default=0, help="seconds to wait before each window for a quiet machine"
     )
+    parser.add_argument(
+        "--server", nargs="*", default=[], metavar="NAME=VALUE", help="settings of PostgreSQL (shared_buffers=4GB)"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--no-docs", action="store_true", help="leave the documentation as it is")
     given = parser.parse_args(words)
@@ -548,6 +552,7 @@ def options_of(words: Sequence[str] | None = None) -> Options:
         results=given.results,
         docs=None if given.no_docs else ROOT / "docs",
         patience=given.patience,
+        server=dict(setting.split("=", 1) for setting in given.server),
     )
 
 
@@ -569,5 +574,5 @@ if __name__ == "__main__":
     chosen = options_of()
     if not load.available():
         sys.exit("The load generator wrk is missing. On Debian and Ubuntu: apt install wrk")
-    with laboratory() as postgres, load.request_folder() as requests:
+    with laboratory(chosen.server) as postgres, load.request_folder() as requests:
         run_in_order(lambda: main(chosen, postgres, requests))

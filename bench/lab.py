@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Collection, Iterator
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -95,8 +95,9 @@ class Lab:
 
 
 @contextlib.contextmanager
-def laboratory() -> Iterator[Lab]:
-    """Start the server in a temporary folder, removed at the end."""
+def laboratory(settings: Mapping[str, str] | None = None) -> Iterator[Lab]:
+    """Start the server, with these settings over the embedded one's, in a temporary folder, removed at the end."""
     port = free_port()
-    with temporary_postgres({"listen_addresses": "127.0.0.1", "port": str(port)}) as server:
+    ours = {"listen_addresses": "127.0.0.1", "port": str(port)}
+    with temporary_postgres({**(settings or {}), **ours}) as server:
         yield Lab(server, port)

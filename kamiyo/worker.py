@@ -563,10 +563,19 @@ class Worker:
         # record and apart from it: if it is this that kills, that has been counted.
         try:
             async with db.transaction():
+                trial.claimed = await self._told(db, trial.claimed)
                 await _project(db, [trial], self._mirrored)
         except Exception:
             if db.is_closed():
                 raise
+
+    async def _told(self, db: Connection, claimed: Claimed) -> Claimed:
+        """With what Stripe has said of a thin event's object, where that is kept."""
+        if not claimed.event.thin or not self._is_to_be_read(claimed.event):
+            return claimed
+        key = reads.key_of(claimed.event)
+        stored = await projections.reads_of(db, [key])
+        return _with_read(claimed, reads.for_event(claimed.event, claimed.second, stored.get(key, ())))
 
     def _trace(self, trials: Sequence[_Trial], number: int) -> None:
         if self.traces is not None:

@@ -286,6 +286,36 @@ async def test_of_what_is_known_only_to_be_gone_a_late_event_still_tells_what_it
     assert await billing(db) == tables
 
 
+async def test_the_row_of_a_thin_event_whose_worker_died_is_true_all_the_same(
+    db: Connection, database_url: str, settings: MakeSettings, stripe: StripeServer
+) -> None:
+    own = Registry()
+    own.on("customer.subscription.created")(noop)
+    subscription = example("subscription", id="sub_1", customer="cus_1")
+    stripe.show(subscription)
+    await put(db, thin_json("v1.customer.subscription.created", subscription, "evt_65deadly"))
+    async with house(database_url, settings, stripe, own) as ours:
+        assert await ours.worker.run_once(db)
+        assert await ours.reader.run_once()
+        for attempt in range(1, 6):
+            # What SIGKILL leaves behind in the middle of the handler: a claim, a try that has begun, and no row.
+            doomed = await database.connect(database_url, application="test doomed")
+            number, [claimed] = await inbox.claim(doomed, 100)
+            if not claimed.started:
+                await inbox.start(doomed, number, claimed.event.id, attempt)
+            await doomed.close()
+            await until(lambda: nobody_holds_a_lane(db))
+            assert await ours.worker.run_once(db)
+            assert (await row_of(db, "evt_65deadly"))["attempts"] == attempt
+            assert (await billing(db))["subscriptions", "sub_1"]["customer"] == "cus_1"
+            await due_now(db)
+    assert (await row_of(db, "evt_65deadly"))["next_try_at"] is None
+
+
+async def nobody_holds_a_lane(db: Connection) -> bool:
+    return not await db.fetchval("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'")
+
+
 async def test_what_stripe_does_not_have_is_processed_with_nothing_to_tell(
     db: Connection, database_url: str, settings: MakeSettings, stripe: StripeServer, log: Log
 ) -> None:
