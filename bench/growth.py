@@ -538,7 +538,11 @@ def options_of(words: Sequence[str] | None = None) -> Options:
         "--patience", type=float, default=0, help="seconds to wait before each window for a quiet machine"
     )
     parser.add_argument(
-        "--server", nargs="*", default=[], metavar="NAME=VALUE", help="settings of PostgreSQL (shared_buffers=4GB)"
+        "--server",
+        nargs="*",
+        default=[],
+        metavar="NAME=VALUE",
+        help="settings of PostgreSQL (shared_buffers=4GB); a larger max_wal_size takes as much more of the disk",
     )
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--no-docs", action="store_true", help="leave the documentation as it is")

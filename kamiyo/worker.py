@@ -310,8 +310,7 @@ class Worker:
             await self._settle_paired(db, number, paired)
         done = {c.event.id for c in paired}
         to_read = [c for c in thin if c.event.id not in done and self._is_to_be_read(c.event)]
-        stored = await projections.reads_of(db, {reads.key_of(c.event) for c in to_read}) if to_read else {}
-        known = {c.event.id: reads.for_event(c.event, c.second, stored.get(reads.key_of(c.event), ())) for c in to_read}
+        known = await _known(db, to_read)
         waiting = [event_id for event_id, read in known.items() if read is None]
         if waiting:
             await inbox.await_read(db, number, waiting)
@@ -563,19 +562,13 @@ class Worker:
         # record and apart from it: if it is this that kills, that has been counted.
         try:
             async with db.transaction():
-                trial.claimed = await self._told(db, trial.claimed)
+                if trial.event.thin and self._is_to_be_read(trial.event):
+                    known = await _known(db, [trial.claimed])
+                    trial.claimed = _with_read(trial.claimed, known[trial.event.id])
                 await _project(db, [trial], self._mirrored)
         except Exception:
             if db.is_closed():
                 raise
-
-    async def _told(self, db: Connection, claimed: Claimed) -> Claimed:
-        """With what Stripe has said of a thin event's object, where that is kept."""
-        if not claimed.event.thin or not self._is_to_be_read(claimed.event):
-            return claimed
-        key = reads.key_of(claimed.event)
-        stored = await projections.reads_of(db, [key])
-        return _with_read(claimed, reads.for_event(claimed.event, claimed.second, stored.get(key, ())))
 
     def _trace(self, trials: Sequence[_Trial], number: int) -> None:
         if self.traces is not None:
@@ -662,6 +655,12 @@ async def _project(db: Connection, trials: Sequence[_Trial], mirrored: frozenset
     for trial in trials:
         trial.superseded = trial.row is not None and trial.row.event_id in superseded
     await mirror.project(db, [state for state in shown if state is not None], mirrored)
+
+
+async def _known(db: Connection, thin: Sequence[Claimed]) -> dict[str, reads.Found | None]:
+    """What Stripe has said of the objects of these thin events, by the event's id; None: it must be asked."""
+    stored = await projections.reads_of(db, {reads.key_of(c.event) for c in thin}) if thin else {}
+    return {c.event.id: reads.for_event(c.event, c.second, stored.get(reads.key_of(c.event), ())) for c in thin}
 
 
 def _with_read(claimed: Claimed, found: reads.Found | None) -> Claimed:

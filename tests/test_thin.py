@@ -35,7 +35,7 @@ from tests.conftest import (
     until,
 )
 from tests.stripe_server import HANGS, KEY, StripeServer, stripe_server
-from tests.turns import billing, due_now, example, put, row_of, statuses
+from tests.turns import billing, die, due_now, example, no_lanes_held, put, row_of, statuses
 
 #: Some second at Stripe that is over.
 NOW = int(time.time()) - 3600
@@ -298,22 +298,13 @@ async def test_the_row_of_a_thin_event_whose_worker_died_is_true_all_the_same(
         assert await ours.worker.run_once(db)
         assert await ours.reader.run_once()
         for attempt in range(1, 6):
-            # What SIGKILL leaves behind in the middle of the handler: a claim, a try that has begun, and no row.
-            doomed = await database.connect(database_url, application="test doomed")
-            number, [claimed] = await inbox.claim(doomed, 100)
-            if not claimed.started:
-                await inbox.start(doomed, number, claimed.event.id, attempt)
-            await doomed.close()
-            await until(lambda: nobody_holds_a_lane(db))
+            await die(database_url, running="evt_65deadly")
+            await until(lambda: no_lanes_held(db))
             assert await ours.worker.run_once(db)
             assert (await row_of(db, "evt_65deadly"))["attempts"] == attempt
             assert (await billing(db))["subscriptions", "sub_1"]["customer"] == "cus_1"
             await due_now(db)
     assert (await row_of(db, "evt_65deadly"))["next_try_at"] is None
-
-
-async def nobody_holds_a_lane(db: Connection) -> bool:
-    return not await db.fetchval("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'")
 
 
 async def test_what_stripe_does_not_have_is_processed_with_nothing_to_tell(

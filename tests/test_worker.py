@@ -21,9 +21,11 @@ from tests.conftest import DEADLINE, Log, MakeSettings, event_json, fresh_id, se
 from tests.turns import (
     NOW,
     billing,
+    die,
     due_now,
     example,
     failures_of,
+    no_lanes_held,
     put,
     row_of,
     statuses,
@@ -638,27 +640,13 @@ async def test_a_worker_whose_claim_was_taken_over_settles_nothing(
     assert set((await statuses(shop)).values()) == {"processed"}
 
 
-async def _die(url: str, *, running: str | None = None) -> None:
-    """Claim everything that is due, begin with `running`, and be gone: what SIGKILL leaves behind."""
-    db = await database.connect(url, application="test doomed")
-    number, batch = await inbox.claim(db, 100)
-    for claimed in batch:
-        if claimed.event.id == running:
-            await inbox.start(db, number, running, claimed.attempts + 1)
-    await db.close()
-
-
-async def _no_locks(db: Connection) -> bool:
-    return not await db.fetchval("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'")
-
-
 async def test_the_events_of_a_dead_worker_run_alone_and_their_next_death_counts(
     shop: Connection, database_url: str, own: Registry, make_worker: MakeWorker
 ) -> None:
     own.on("invoice.paid")(leave_effect)
     await put(shop, of("cus_1", "evt_1"), of("cus_2", "evt_2"), of("cus_3", "evt_3"))
-    await _die(database_url)
-    await until(lambda: _no_locks(shop))
+    await die(database_url)
+    await until(lambda: no_lanes_held(shop))
     await put(shop, of("cus_4", "evt_4"), of("cus_5", "evt_5"))
 
     assert await (await make_worker()).run_once(shop) == 5
@@ -675,8 +663,8 @@ async def test_the_event_that_was_running_when_its_worker_died_has_used_up_a_try
     await put(shop, of("cus_1", "evt_1"), of("cus_2", "evt_2"))
     worker = await make_worker()
     for attempt in range(1, 6):
-        await _die(database_url, running="evt_1")
-        await until(lambda: _no_locks(shop))
+        await die(database_url, running="evt_1")
+        await until(lambda: no_lanes_held(shop))
         assert await worker.run_once(shop)
         event = await row_of(shop, "evt_1")
         assert (event["status"], event["attempts"]) == ("failed", attempt)
@@ -692,10 +680,10 @@ async def test_a_death_is_recorded_even_when_the_one_who_finds_it_dies_as_well(
 ) -> None:
     own.on("invoice.paid")(leave_effect)
     await put(shop, of("cus_1", "evt_1"))
-    await _die(database_url, running="evt_1")
-    await until(lambda: _no_locks(shop))
-    await _die(database_url)
-    await until(lambda: _no_locks(shop))
+    await die(database_url, running="evt_1")
+    await until(lambda: no_lanes_held(shop))
+    await die(database_url)
+    await until(lambda: no_lanes_held(shop))
     await (await make_worker()).run_once(shop)
     [failure] = await failures_of(shop, "evt_1")
     assert (failure["error_type"], failure["retry_count"]) == ("WorkerDied", 1)

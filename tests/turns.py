@@ -61,6 +61,21 @@ async def work_off(worker: Worker, db: Connection) -> int:
     return done
 
 
+async def die(url: str, *, running: str | None = None) -> None:
+    """Claim everything that is due, begin with `running`, and be gone: what SIGKILL leaves behind."""
+    db = await database.connect(url, application="test doomed")
+    number, batch = await inbox.claim(db, 100)
+    for claimed in batch:
+        if claimed.event.id == running:
+            await inbox.start(db, number, running, claimed.attempts + 1)
+    await db.close()
+
+
+async def no_lanes_held(db: Connection) -> bool:
+    """Whether PostgreSQL has noticed that whoever held a lane is gone."""
+    return not await db.fetchval("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'")
+
+
 async def due_now(db: Connection) -> None:
     """Let the time pass until every failed event that will be tried again is due."""
     await db.execute("UPDATE webhook_events SET next_try_at = now() WHERE next_try_at > now()")

@@ -210,7 +210,7 @@ async def test_questions_are_asked_two_at_a_time_so_that_receiving_keeps_its_con
         nonlocal together, most
         together += 1
         most = max(most, together)
-        await asyncio.sleep(0)
+        # The time of a slow question, spent in PostgreSQL, so that all who may ask at a time do.
         await db.execute("SELECT pg_sleep(0.01)")
         together -= 1
         return await known_types(db)
