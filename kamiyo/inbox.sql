@@ -230,7 +230,8 @@ WHERE status = $1 AND ($1 <> 'failed' OR failed_at IS NOT NULL)
 
 -- name: replay
 -- Puts a bounded number of matching events back in line, oldest first, and says where it got to, so that the next
--- call goes on from there and none is taken twice.
+-- call goes on from there and none is taken twice. One that a worker is just claiming is being run again already: to wait
+-- for it here could be a deadlock, since a claim takes its rows in another order.
 WITH picked AS (
     SELECT event_id, created_at, seq FROM webhook_events
     WHERE status = $1 AND ($1 <> 'failed' OR failed_at IS NOT NULL)
@@ -246,7 +247,7 @@ WITH picked AS (
                                         WHERE f.event_id = webhook_events.event_id AND f.fingerprint = $10))
       AND (created_at, seq) > ($11, $12::bigint)
     ORDER BY created_at, seq LIMIT $13
-    FOR UPDATE
+    FOR UPDATE SKIP LOCKED
 ), again AS (
     UPDATE webhook_events AS e
     SET status = 'pending', outcome = NULL, processed_at = NULL, failed_at = NULL, next_try_at = now(), attempts = 0

@@ -345,6 +345,14 @@ async def db(database_url: str) -> AsyncIterator[Connection]:
     await connection.close()
 
 
+@contextlib.asynccontextmanager
+async def workers_held(db: Connection) -> AsyncIterator[None]:
+    """No worker writes the ledger meanwhile: to write several of its rows beside one may be a deadlock."""
+    async with db.transaction():
+        await db.execute("LOCK TABLE webhook_events IN EXCLUSIVE MODE")
+        yield
+
+
 # ── The application ───────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -345,6 +345,21 @@ async def test_a_long_replay_goes_chunk_by_chunk_and_takes_none_twice(
     assert heard == [4, 8, 10]
 
 
+async def test_a_replay_leaves_alone_what_a_worker_is_just_claiming_and_waits_for_nobody(
+    db: Connection, other: Connection
+) -> None:
+    names = [f"evt_{n}" for n in range(5)]
+    await put(db, *(event(name, customer=name) for name in names))
+    await failed(db, *names, again_in=0)
+    # In the middle of a claim: it has the last of the rows, and comes to the others next.
+    async with other.transaction():
+        await other.execute("SELECT FROM webhook_events WHERE event_id = 'evt_4' FOR UPDATE")
+        await db.execute("SET lock_timeout = '1s'")
+        assert await inbox.replay(db, Filters(status="failed")) == 4
+        await other.execute("SELECT FROM webhook_events FOR UPDATE")
+    assert await statuses(db) == {**dict.fromkeys(names, "pending"), "evt_4": "failed"}
+
+
 @pytest.mark.parametrize(("filters", "fingerprint", "names"), [one for one in _FILTERS if one[1] is None])
 async def test_the_list_shows_what_its_filters_say_newest_first_page_by_page(
     filters: Filters, fingerprint: None, names: str, mixed: Connection

@@ -37,6 +37,7 @@ from tests.conftest import (
     settled,
     signed,
     until,
+    workers_held,
 )
 from tests.test_alerts import Channel, channel
 
@@ -127,7 +128,8 @@ async def test_no_canary_is_in_a_log_line_a_metric_an_alert_or_an_answer_that_is
             emitted.append((await client.get(f"{PREFIX}{path}")).text)
         emitted.append((await client.get("/metrics")).text)
         emitted.append((await client.get("/openapi.json")).text)
-        await db.execute("UPDATE webhook_events SET attempts = 5, next_try_at = NULL WHERE status = 'failed'")
+        async with workers_held(db):
+            await db.execute("UPDATE webhook_events SET attempts = 5, next_try_at = NULL WHERE status = 'failed'")
         pool = await database.open_pool(database_url, size=2, application="alerts", idle_limit=60)
         async with pool.acquire() as own:
             await Alerts(pool, changed).look(own)
