@@ -37,10 +37,13 @@ test properties: export PYTHONDONTWRITEBYTECODE :=
 # Side by side, one more than there are cores, since many of them wait; what runs against the clock comes after, two and two.
 BESIDE = $(shell n=`getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2`; [ $$n -lt 4 ] && expr $$n + 1 || echo 4)
 
+# How often a story that fails is told once more: not at all, but in CI, which prints both. See docs/decisions/0029.
+AGAIN = $(if $(RERUNS),--reruns $(RERUNS))
+
 test: $(VENV)/.dev $(VENV)/.project ## Run the tests (ARGS="tests/test_event.py -x")
 ifeq ($(ARGS),)
-	@$(PY) -m pytest -q -n $(BESIDE) --dist worksteal -m "not alone"
-	@$(PY) -m pytest -q -n 2 --dist loadgroup -m alone tests/stories
+	@$(PY) -m pytest -q $(AGAIN) -n $(BESIDE) --dist worksteal -m "not alone"
+	@$(PY) -m pytest -q $(AGAIN) -n 2 --dist loadgroup -m alone tests/stories
 else
 	@$(PY) -m pytest $(ARGS)
 endif

@@ -126,6 +126,13 @@ def pytest_runtest_makereport(
     return report
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Show the failure of every story that was told once more, however that went: it is a race to be mended."""
+    for report in terminalreporter.stats.get("rerun", []):
+        terminalreporter.section(f"FAILED BEFORE IT WAS TOLD AGAIN: {report.nodeid}", yellow=True)
+        terminalreporter.line(str(report.longrepr))
+
+
 # ── What Stripe sends ─────────────────────────────────────────────────────────────────────────────────────
 
 
