@@ -9,6 +9,7 @@ questions that servers and operators ask, the removal of a day's bodies, and a b
 import argparse
 import asyncio
 import json
+import os
 import random
 import shutil
 import sys
@@ -62,6 +63,7 @@ class Options:
     results: Path
     docs: Path | None
     patience: float
+    days: int
     server: dict[str, str]
 
 
@@ -108,6 +110,9 @@ class Growth:
         async with self.lab.connected(FULL.database) as db:
             began = time.monotonic()
             await fill.fill(db, self.plan, fill.progress_line())
+            # What the kernel has not written yet would be written beside the first windows.
+            await asyncio.to_thread(os.sync)
+            await fill.warm(db)
             took = time.monotonic() - began
             row = await db.fetchrow(_DISK)
             assert row is not None
@@ -401,7 +406,7 @@ async def main(options: Options, lab: Lab, folder: Path) -> int:
     session.patience = options.patience
     # The fill's numbers are the first.
     session.take(options.rows)
-    kept = await asyncio.to_thread(days_that_fit, options.rows)
+    kept = min(options.days, await asyncio.to_thread(days_that_fit, options.rows))
     growth = Growth(options, session, fill.Fill.until_today(options.rows, options.customers, kept))
     began = time.time()
     disk = await growth.make()
@@ -544,6 +549,9 @@ def options_of(words: Sequence[str] | None = None) -> Options:
         metavar="NAME=VALUE",
         help="settings of PostgreSQL (shared_buffers=4GB); a larger max_wal_size takes as much more of the disk",
     )
+    parser.add_argument(
+        "--days", type=int, default=fill.DAYS, help=f"of the {fill.DAYS} days, how many of the last have their bodies"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--no-docs", action="store_true", help="leave the documentation as it is")
     given = parser.parse_args(words)
@@ -556,6 +564,7 @@ def options_of(words: Sequence[str] | None = None) -> Options:
         results=given.results,
         docs=None if given.no_docs else ROOT / "docs",
         patience=given.patience,
+        days=given.days,
         server=dict(setting.split("=", 1) for setting in given.server),
     )
 

@@ -15,8 +15,8 @@ bench: $(VENV)/.runtime $(VENV)/.project ## Measure against other receivers (SEC
 	@$(PY) -m bench.run --seconds $(or $(SECONDS),4) --repeats $(REPEATS) --connections $(CONNECTIONS) \
 		$(if $(PEERS),--peers $(PEERS)) $(if $(PROFILE),--profile) $(ARGS)
 
-bench-growth: $(VENV)/.runtime $(VENV)/.project ## Fill ten million events and measure again (ROWS=1000000 SERVER="shared_buffers=4GB")
-	@$(PY) -m bench.growth --rows $(ROWS) --seconds $(or $(SECONDS),4) --repeats $(REPEATS) \
+bench-growth: $(VENV)/.runtime $(VENV)/.project ## Fill ten million events and measure again (ROWS=1000000 DAYS=8 SERVER="shared_buffers=4GB")
+	@$(PY) -m bench.growth --rows $(ROWS) --seconds $(or $(SECONDS),4) --repeats $(REPEATS) $(if $(DAYS),--days $(DAYS)) \
 		$(if $(SERVER),--server $(SERVER)) $(ARGS)
 
 bench-mirror: $(VENV)/.runtime $(VENV)/.project ## What KAMIYO_MIRROR costs: the same events with and without it

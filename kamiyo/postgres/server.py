@@ -37,8 +37,8 @@ DEFAULTS: Final[Mapping[str, str]] = {
     "port": "5432",
     "max_connections": "200",
     "shared_buffers": "256MB",
-    # Full page images are most of the WAL of a busy queue; pglz is the one method every build has.
-    "wal_compression": "on",
+    # The one method that this build has is pglz, which takes longer than writing the page: docs/decisions/0030.
+    "wal_compression": "off",
     "random_page_cost": "1.1",
     # Every query here is short: compiling one costs more than it saves.
     "jit": "off",
