@@ -6,6 +6,7 @@ SELECT current_setting('server_version_num')::int AS version_number,
        current_setting('fsync') = 'on' AS fsync,
        current_setting('full_page_writes') = 'on' AS full_page_writes,
        current_setting('synchronous_commit') AS synchronous_commit,
+       current_setting('wal_compression') AS wal_compression,
        pg_is_in_recovery() OR current_setting('default_transaction_read_only') = 'on' AS read_only;
 
 -- name: clock

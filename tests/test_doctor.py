@@ -175,6 +175,22 @@ def test_what_is_not_durable_is_told_by_name() -> None:
     assert finding.verdict is fail and "fsync and synchronous_commit" in finding.seen
 
 
+@pytest.mark.parametrize(
+    ("number", "compression", "verdict", "instead"),
+    [
+        (140000, "on", warn, "= off"),
+        (170000, "pglz", warn, "= lz4"),
+        (170000, "lz4", pass_, ""),
+        (180000, "off", pass_, ""),
+    ],
+)
+def test_pglz_in_the_wal_is_told_with_what_is_better(
+    number: int, compression: str, verdict: Verdict, instead: str
+) -> None:
+    finding = postgresql.wal(number, compression)
+    assert finding.verdict is verdict and instead in finding.mend
+
+
 @pytest.mark.parametrize(("ahead", "verdict"), [(1.0, pass_), (-1.0, pass_), (3.0, fail), (-400.0, fail)])
 def test_a_clock_that_is_off_is_told(ahead: float, verdict: Verdict) -> None:
     assert postgresql.clock("the database's", ahead, 2.0).verdict is verdict

@@ -63,6 +63,7 @@ async def answers(db: Connection, subject: Subject) -> AsyncIterator[Finding]:
     assert server is not None  # noqa: S101 - a SELECT without FROM has exactly one row
     yield database_server(server["version_number"], server["version"], read_only=server["read_only"])
     yield durability(fsync=server["fsync"], full_pages=server["full_page_writes"], commit=server["synchronous_commit"])
+    yield wal(server["version_number"], server["wal_compression"])
     yield await _database_clock(db)
     missing = await database.missing_migrations(db)
     if missing:
@@ -106,6 +107,17 @@ def durability(*, fsync: bool, full_pages: bool, commit: str) -> Finding:
             "; ".join(f"ALTER SYSTEM SET {name} = on" for name in off) + "; SELECT pg_reload_conf()",
         )
     return passed("durability", "fsync, full_page_writes and synchronous_commit are on")
+
+
+def wal(number: int, compression: str) -> Finding:
+    """What PostgreSQL (`number`: its server_version_num) does with whole pages in the WAL. See decision 0030."""
+    if compression in ("on", "pglz"):
+        return warning(
+            "wal",
+            "whole pages are compressed with pglz, which takes a third of what a full database can store",
+            f"ALTER SYSTEM SET wal_compression = {'lz4' if number >= 150000 else 'off'}; SELECT pg_reload_conf()",
+        )
+    return passed("wal", "whole pages are not compressed" if compression == "off" else f"{compression} compresses them")
 
 
 async def _database_clock(db: Connection) -> Finding:
