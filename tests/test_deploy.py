@@ -24,7 +24,7 @@ from tests.conftest import DEADLINE, ROOT
 DEPLOY = ROOT / "deploy"
 UNITS = sorted((DEPLOY / "systemd").iterdir())
 RULE_TESTS = sorted((DEPLOY / "prometheus").glob("*.test.yml"))
-PROBED = "/api/v1/webhooks/supported-events"
+PROBED = "/api/v1/webhooks/live"
 
 
 def run(*words: str, folder: Path = ROOT, variables: Mapping[str, str] | None = None) -> str:
