@@ -30,6 +30,9 @@ from kamiyo.telemetry import happened
 
 _SQL = load_queries("alerts.sql")
 
+# Where every application has it, the user's own too; a worker that tells does not know in which it is.
+_DASHBOARD = "/api/v1/webhooks/dashboard"
+
 _LOOK_EVERY_SECONDS = 15.0
 _OVERDUE_SECONDS = 300.0
 _AWAY_SECONDS = 60.0
@@ -188,7 +191,7 @@ class Alerts:
             return True
 
     async def _tell(self, title: str, body: str, page: str, *, over: bool) -> bool:
-        link = f"{self.settings.public_url.rstrip('/')}/dashboard{page}" if self.settings.public_url else ""
+        link = f"{self.settings.public_url.rstrip('/')}{_DASHBOARD}{page}" if self.settings.public_url else ""
         kinds = self._apprise.NotifyType
         kind = kinds.SUCCESS if over else kinds.WARNING
         text = f"{body}\n{link}" if link else body

@@ -98,7 +98,7 @@ async def test_a_dead_event_is_told_once_by_many_processes_and_told_over_when_it
         assert channel.titles() == ["Kamiyo: An event is dead: Bury"]
         [message] = channel.heard
         assert event_id in message["message"]
-        assert "https://api.example.com/dashboard/failures/" in message["message"]
+        assert "https://api.example.com/api/v1/webhooks/dashboard/failures/" in message["message"]
         assert "jane@example.com" not in json.dumps(message)
 
         await inbox.retry(db, event_id)
@@ -212,7 +212,7 @@ async def test_whatever_is_wrong_is_told_once_with_the_page_that_helps_and_told_
         await one.look(own)
         assert channel.titles() == [f"Kamiyo: {title}"]
         [told] = [message["message"] for message in channel.heard]
-        assert "https://api.example.com/dashboard/" in told and "Since 20" in told
+        assert "https://api.example.com/api/v1/webhooks/dashboard/" in told and "Since 20" in told
         await db.execute(end)
         await one.look(own)
         await one.look(own)

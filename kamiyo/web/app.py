@@ -5,9 +5,10 @@ from collections.abc import AsyncIterator, MutableMapping
 from contextlib import asynccontextmanager
 from functools import cache
 from typing import Any
+from urllib.parse import quote
 
-from fastapi import APIRouter, FastAPI, HTTPException, Response
-from fastapi.responses import PlainTextResponse
+from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
+from fastapi.responses import PlainTextResponse, RedirectResponse
 from starlette.routing import Route
 
 from kamiyo import __version__, telemetry
@@ -22,6 +23,7 @@ from kamiyo.web.webhooks import Bodies, Receive, Scope, Send, StripeEndpoint
 
 PREFIX = "/api/v1/webhooks"
 STRIPE_PATH = f"{PREFIX}/stripe"
+_DASHBOARD = f"{PREFIX}/dashboard"
 
 
 def create_router(settings: Settings | None = None) -> APIRouter:
@@ -102,15 +104,17 @@ def _router(settings: Settings | None) -> tuple[APIRouter, StripeEndpoint, Dashb
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         nonlocal current
+        if current is not None and current is getattr(app.state, "kamiyo", None):
+            yield  # this very router, included a second time
+            return
         # An application that is started again reads the environment again.
         effective.cache_clear()
-        async with running(effective()) as system, dashboard.running(system):
-            # For whoever holds the application and not the router: `kamiyo.testing`.
-            current = app.state.kamiyo = system
+        async with _system_of(app, effective()) as system, dashboard.running(system):
+            current = system
             try:
                 yield
             finally:
-                current = app.state.kamiyo = None
+                current = None
 
     dashboard = create_dashboard(lambda: current, effective)
     router = APIRouter(lifespan=lifespan)
@@ -124,7 +128,7 @@ def _router(settings: Settings | None) -> tuple[APIRouter, StripeEndpoint, Dashb
     _document(router)
     router.include_router(roads_router(lambda: current, bodies), prefix=PREFIX)
     router.include_router(admin_router(lambda: current, effective), prefix=PREFIX)
-    router.routes.extend(dashboard.routes(f"{PREFIX}/dashboard"))
+    router.routes.extend(dashboard.routes(_DASHBOARD))
 
     @router.get("/metrics", tags=["webhooks"], summary="Metrics for Prometheus", response_class=PlainTextResponse)
     async def metrics() -> Response:
@@ -139,12 +143,35 @@ def _router(settings: Settings | None) -> tuple[APIRouter, StripeEndpoint, Dashb
     return router, endpoint, dashboard
 
 
+@asynccontextmanager
+async def _system_of(app: FastAPI, settings: Settings) -> AsyncIterator[System]:
+    """The system of an application: started, or that of another of our routers in it, which runs longer than this one.
+
+    Routers with different settings have a system each.
+    """
+    before: System | None = getattr(app.state, "kamiyo", None)
+    if before is not None and before.settings == settings:
+        yield before
+        return
+    async with running(settings) as system:
+        # For whoever holds the application and not the router: `kamiyo.testing`.
+        app.state.kamiyo = system
+        try:
+            yield system
+        finally:
+            app.state.kamiyo = before
+
+
 def create_app(settings: Settings | None = None) -> FastAPI:
     """The Kamiyo API: the router in an application of its own."""
     app = KamiyoApi(title="Kamiyo API", description=_ABOUT, version=__version__)
     router, app.stripe, dashboard = _router(settings)
-    app.include_router(router)
     app.router.routes.extend(dashboard.routes("/dashboard"))
+    # Links in alerts lead below the router's prefix, where every application has it. Here it has one place, and so one
+    # session.
+    for path in (_DASHBOARD, f"{_DASHBOARD}/{{path:path}}"):
+        app.router.routes.append(Route(path, _to_the_dashboard, include_in_schema=False))
+    app.include_router(router)
 
     @app.get("/", include_in_schema=False)
     async def where_to_look() -> dict[str, str]:
@@ -157,6 +184,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         }
 
     return app
+
+
+async def _to_the_dashboard(request: Request) -> Response:
+    rest, root = request.path_params.get("path", ""), request.scope.get("root_path", "")
+    asked = f"?{request.url.query}" if request.url.query else ""
+    return RedirectResponse(quote(f"{root}/dashboard/{rest}".rstrip("/")) + asked, 307)
 
 
 _ABOUT = """Stripe's webhooks, received, stored, processed, retried.

@@ -46,6 +46,16 @@ async def test_the_kamiyo_api_has_it_at_dashboard_and_docs_do_not_speak_of_it(qu
     assert not [path for path in (await quiet_desk.get("/openapi.json")).json()["paths"] if "dashboard" in path]
 
 
+async def test_a_link_in_an_alert_leads_to_the_one_place_where_the_kamiyo_api_has_it(
+    quiet_desk: httpx.AsyncClient, db: Connection
+) -> None:
+    await put_dead(db, event_id="evt_1")
+    for link, place in (("", ""), ("/", ""), ("/failures/abc", "/failures/abc"), ("/events?status=unread", None)):
+        answer = await quiet_desk.get(f"{PREFIX}/dashboard{link}")
+        assert (answer.status_code, answer.headers["location"]) == (307, BASE + (link if place is None else place))
+        assert (await quiet_desk.get(answer.headers["location"])).status_code == 200
+
+
 async def test_stylesheet_script_and_icon_have_their_types_and_are_kept_by_browsers_until_they_change(
     quiet_client: httpx.AsyncClient,
 ) -> None:
