@@ -48,7 +48,9 @@ SELECT account, livemode, extract(epoch FROM now() - finished_at)::float8 AS sec
 FROM webhook_reconciliation ORDER BY account, livemode;
 
 -- name: asking
--- What Stripe refuses the key for, if it did within the last hour, and for how long the circuit has been open.
+-- What Stripe refuses the key for, if it did within the last hour, and for how long the circuit has been open, if anybody
+-- has tried it within the last five minutes.
 SELECT CASE WHEN refused_last_at > now() - interval '1 hour' THEN refused_what END AS refused_what,
-       extract(epoch FROM now() - opened_at)::float8 AS open_seconds
+       CASE WHEN open_until > now() - interval '5 minutes'
+            THEN extract(epoch FROM now() - opened_at)::float8 END AS open_seconds
 FROM webhook_api_budget;

@@ -50,6 +50,7 @@ _OTHER_ROADS = frozenset(
 )
 _SOURCE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 _ACCOUNT = re.compile(r"acct_[A-Za-z0-9_]{1,200}")
+_DRIVER = re.compile(r"\A(postgres|postgresql)\+[a-z0-9_]+(?=://)")
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^:@\[\]]*)(:[0-9]*)?")
 
 #: An admin key of fewer characters, or of fewer different ones, can be guessed.
@@ -179,8 +180,8 @@ class Settings(BaseSettings):
     database_url: SecretStr | None = _setting(
         "DATABASE_URL",
         None,
-        "PostgreSQL 14 or newer, as postgresql://user:password@host:5432/name. Without it an embedded "
-        "PostgreSQL is started, and its data kept in KAMIYO_DATA_DIR.",
+        "PostgreSQL 14 or newer, as postgresql://user:password@host:5432/name (a driver in it, postgresql+asyncpg, is "
+        "passed over). Without it an embedded PostgreSQL is started, and its data kept in KAMIYO_DATA_DIR.",
     )
     data_dir: Path = _setting(
         "KAMIYO_DATA_DIR", Path(".kamiyo"), "Folder of the embedded PostgreSQL and of the development secret."
@@ -331,15 +332,14 @@ class Settings(BaseSettings):
     @field_validator("database_url", mode="before")
     @classmethod
     def _empty_is_unset(cls, value: Any) -> Any:
-        return value or None
+        # An application that has one for SQLAlchemy names a driver in it, postgresql+asyncpg://; the rest is the same.
+        return (_DRIVER.sub(r"\1", value) if isinstance(value, str) else value) or None
 
     @field_validator("database_url")
     @classmethod
     def _is_postgres(cls, value: SecretStr | None) -> SecretStr | None:
         address = value.get_secret_value() if value is not None else "postgresql://"
         scheme, _, rest = address.partition("://")
-        if scheme.startswith(("postgresql+", "postgres+")):
-            raise ValueError("must begin with postgresql://, without the name of a driver")
         if scheme.strip() != scheme or scheme.startswith(("'", '"')):
             raise ValueError("must be without quotation marks and spaces around it")
         if scheme not in ("postgresql", "postgres"):
@@ -554,6 +554,11 @@ def doubts(settings: Settings) -> Iterator[tuple[str, str]]:
         yield "ADMIN_API_KEY", "so short that it can be guessed; make one with: openssl rand -hex 32"
     if any(is_placeholder(key.key) for key in settings.api_keys):
         yield "STRIPE_SECRET_KEY", "a placeholder, not a key of Stripe's"
+    if settings.database_url is None and not settings.development:
+        yield (
+            "DATABASE_URL",
+            "not set: an embedded PostgreSQL keeps the data in KAMIYO_DATA_DIR, backed up by nobody",
+        )
     for name, meant in _slips():
         yield name, f"not a setting, and so without effect; {meant} is one"
 

@@ -134,8 +134,14 @@ def test_a_handler_for_a_type_that_stripe_does_not_have_is_told(monkeypatch: pyt
 def test_a_variable_that_is_almost_a_setting_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KAMIYO_WORKER", raising=False)
     monkeypatch.setenv("KAMIYO_WORKERS", "2")
-    [told] = configuration.slips(settings_for(None))
+    [told] = configuration.slips(settings_for("postgresql://h/d"))
     assert told.verdict is warn and "KAMIYO_WORKERS" in told.seen and "KAMIYO_WORKER is one" in told.seen
+
+
+def test_production_without_a_database_of_its_own_is_told() -> None:
+    [told] = configuration.slips(settings_for(None))
+    assert told.verdict is warn and "embedded PostgreSQL" in told.seen and told.mend.startswith("Set DATABASE_URL")
+    assert list(configuration.slips(settings_for(None, KAMIYO_ENV="development"))) == []
 
 
 def test_a_name_that_the_mirror_will_never_meet_is_told() -> None:
@@ -295,6 +301,8 @@ async def test_how_asking_stripe_goes_is_told(db: Connection, database_url: str,
     )
     found = await reads()
     assert found.verdict is warn and "for 90 seconds" in found.seen
+    await db.execute("UPDATE webhook_api_budget SET open_until = now() - interval '6 minutes'")
+    assert (await reads()).verdict is pass_, "nobody has asked since"
     await db.execute(
         "UPDATE webhook_api_budget SET refused_at = now(), refused_last_at = now(), "
         "refused_what = 'GET /v1/invoices (403)', refusals = 0, open_until = NULL"

@@ -83,6 +83,14 @@ def test_a_postgresql_address_is_taken_and_an_empty_one_means_the_embedded_serve
     assert load_settings(DATABASE_URL="").database_url is None
 
 
+@pytest.mark.parametrize("driver", ["postgresql+asyncpg", "postgresql+psycopg2", "postgres+asyncpg"])
+def test_the_address_that_an_application_has_for_sqlalchemy_is_taken(driver: str) -> None:
+    settings = load_settings(DATABASE_URL=f"{driver}://u:p+x@h:5432/d?application_name=a+b")
+    assert settings.database_url is not None
+    plain = driver.partition("+")[0]
+    assert settings.database_url.get_secret_value() == f"{plain}://u:p+x@h:5432/d?application_name=a+b"
+
+
 def test_settings_cannot_be_changed_once_they_are_read() -> None:
     with pytest.raises(ValidationError):
         load_settings().port = 1  # type: ignore[misc]  # the very thing that must not work
@@ -113,7 +121,7 @@ def test_settings_cannot_be_changed_once_they_are_read() -> None:
         ("KAMIYO_COMMIT_TIMEOUT", "0"),
         ("KAMIYO_LOG_LEVEL", "loud"),
         ("KAMIYO_LOG_FORMAT", "xml"),
-        ("DATABASE_URL", "postgresql+asyncpg://u:hunter2@h/d"),
+        ("DATABASE_URL", "mysql+aiomysql://u:hunter2@h/d"),
         ("DATABASE_URL", "'postgresql://u:hunter2@h/d'"),
         ("DATABASE_URL", "postgresql://u:hunter2#@h/d"),
         ("DATABASE_URL", "postgresql://u:hunter2/@h/d"),
@@ -154,6 +162,8 @@ GUESSABLE, LONG_ENOUGH = "hunter2", "0f1e2d3c4b5a69788796a5b4c3d2e1f0"
         ({"KAMIYO_WORKERS": "2", "KAMIYO_WORKER": "true"}, []),
         ({"STRIPE_WEBHOOK_SECERT": "whsec_1"}, ["STRIPE_WEBHOOK_SECERT"]),
         ({"STRIPE_API_KEY": "sk_test_1", "KAMIYO_THOROUGHNESS": "3", "PORTS": "1"}, []),
+        ({"DATABASE_URL": ""}, ["DATABASE_URL"]),
+        ({"DATABASE_URL": "", "KAMIYO_ENV": "development"}, []),
     ],
 )
 def test_what_starts_well_and_cannot_go_well_is_doubted_by_its_name_alone(
@@ -161,7 +171,7 @@ def test_what_starts_well_and_cannot_go_well_is_doubted_by_its_name_alone(
 ) -> None:
     for name in [*VARIABLES, *(name for name in os.environ if name.startswith(("KAMIYO_", "STRIPE_")))]:
         monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
+    for name, value in {"DATABASE_URL": "postgresql://h/d", **variables}.items():
         monkeypatch.setenv(name, value)
     found = dict(doubts(load_settings()))
     assert list(found) == doubted

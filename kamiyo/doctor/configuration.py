@@ -182,10 +182,16 @@ def env_file(path: Path) -> Iterator[Finding]:
 
 
 def slips(settings: Settings) -> Iterator[Finding]:
-    """Variables that look like a setting and are none: a slip of the pen has no effect, and no error either."""
+    """Variables that look like a setting and are none: a slip of the pen has no effect, and no error either.
+
+    And what has an effect that nobody may have meant.
+    """
     for name, said in doubts(settings):
         if name not in _CHECKED_ELSEWHERE:
-            yield warning("settings", f"{name} is {said}", f"Correct the name of {name}, or take it out.")
+            mend = f"Correct the name of {name}, or take it out."
+            if name == "DATABASE_URL":
+                mend = "Set DATABASE_URL to a PostgreSQL of your own; for a trial set KAMIYO_ENV=development."
+            yield warning("settings", f"{name} is {said}", mend)
 
 
 def logs(settings: Settings) -> Iterator[Finding]:
