@@ -122,7 +122,7 @@ watchdog.
 
 
 def _argument(parameter: Any) -> str:
-    name = parameter.name.upper()
+    name = parameter.name.upper() + ("..." if parameter.nargs == -1 else "")
     return name if parameter.required else f"[{name}]"
 
 

@@ -42,6 +42,25 @@ class Status(StrEnum):
     failed = "failed"
 
 
+class State(StrEnum):
+    """Where an event stands, in the words that people see and lists are narrowed by.
+
+    A failed event is `retrying` or `dead`; a pending one may be `unread`.
+    """
+
+    pending = "pending"
+    unread = "unread"  # it waits until what it names is read from Stripe
+    processing = "processing"
+    processed = "processed"
+    failed = "failed"
+    retrying = "retrying"  # it runs again by itself
+    dead = "dead"  # it does not
+
+
+#: What can be run again by hand.
+REPLAYABLE = (State.failed, State.retrying, State.dead, State.processed)
+
+
 class Outcome(StrEnum):
     """What processing an event came to."""
 
@@ -106,7 +125,7 @@ class Failure:
 class Filters:
     """Which events: each filter is None (any) or a value. `since` is inclusive, `until` exclusive.
 
-    `account` '' is one's own. Where `context` is one, it is compared as a whole.
+    `status` is one of State. `account` '' is one's own. Where `context` is one, it is compared as a whole.
     """
 
     status: str | None = None
@@ -350,13 +369,21 @@ async def after(db: Connection, at: datetime, seq: int, limit: int) -> list[tupl
 # ── By hand ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+_INSTEAD_OF_RETRY = {
+    Status.pending: "it is in line already",
+    Status.processing: "a worker has it in hand",
+    Status.processed: "finished events run again by `kamiyo replay --status processed`, with a filter that names them",
+}
+_LOOK_AGAIN = "it was a moment ago; look again"
+
+
 async def retry(db: Connection, event_id: str) -> None:
     """Run a failed event again, now, with five new tries. Raises EventUnknown or EventNotFailed."""
     if await db.fetchrow(_SQL["retry"], event_id) is None:
         status = await db.fetchval(_SQL["status"], event_id)
         if status is None:
             raise EventUnknown(f"Event not found: {event_id}")
-        raise EventNotFailed(f"Event {event_id} is {status}, not failed")
+        raise EventNotFailed(f"Event {event_id} is {status}, not failed: {_INSTEAD_OF_RETRY.get(status, _LOOK_AGAIN)}")
     await audit(db, "retry", {"event_id": event_id}, 1)
 
 
@@ -442,6 +469,11 @@ async def one(db: Connection, event_id: str) -> tuple[asyncpg.Record, list[async
     return row, await db.fetch(_SQL["failures_of"], event_id)
 
 
+async def last_errors(db: Connection, event_ids: Sequence[str]) -> dict[str, str]:
+    """The type of the last error of each of these events that ever had one."""
+    return {event_id: error_type for event_id, error_type in await db.fetch(_SQL["last_errors"], event_ids)}
+
+
 async def failed(db: Connection, limit: int) -> list[asyncpg.Record]:
     """Failed events newest first, each with its last error."""
     return await db.fetch(_SQL["failed"], limit)
@@ -469,6 +501,15 @@ async def queue(db: Connection) -> asyncpg.Record:
 async def fold_counts(db: Connection) -> int:
     """Fold the latest changes into the counts; return how many lines were folded."""
     return int(await db.fetchval(_SQL["fold"]))
+
+
+def state_of(row: asyncpg.Record | Mapping[str, Any]) -> State:
+    """Where the event of a row stands, in one word: never `failed`, of which there are two kinds."""
+    if row["status"] == "pending" and row.get("read_due_at") is not None:
+        return State.unread
+    if row["status"] == "failed":
+        return State.dead if row["next_try_at"] is None else State.retrying
+    return State(row["status"])
 
 
 # PostgreSQL's timestamptz reaches further back than any event.

@@ -193,14 +193,18 @@ WITH again AS (
 SELECT event_id, pg_notify('webhook_events', '') FROM again;
 
 -- name: list
--- Newest first; every filter may be null. The conditions that only repeat a filter name the partial index that
--- serves it.
+-- Newest first; every filter may be null. $1 is a status, or 'retrying' or 'dead', the two kinds of failed, or 'unread', a
+-- kind of pending. The conditions that only repeat a filter name the partial index that serves it; failed is asked for by
+-- failed_at alone, which says the same (a check holds it).
 SELECT seq, event_id, event_type, status, outcome, created_at, stripe_created, processed_at, next_try_at, attempts,
        processing_us, object_type, object_id, customer, account, context, livemode, api_version, thin, source, read_due_at
 FROM webhook_events
-WHERE ($1::text IS NULL OR status = $1)
-  AND ($1 IS DISTINCT FROM 'failed' OR failed_at IS NOT NULL)
-  AND ($1 IS NULL OR $1 NOT IN ('pending', 'processing') OR next_try_at IS NOT NULL)
+WHERE CASE WHEN $1::text IS NULL THEN true
+           WHEN $1 IN ('failed', 'retrying', 'dead') THEN failed_at IS NOT NULL
+           WHEN $1 = 'unread' THEN read_due_at IS NOT NULL
+           ELSE status = $1 END
+  AND ($1 IS NULL OR $1 NOT IN ('pending', 'processing', 'retrying') OR next_try_at IS NOT NULL)
+  AND ($1 IS DISTINCT FROM 'dead' OR next_try_at IS NULL)
   AND ($2::text IS NULL OR event_type = $2)
   AND ($3::text IS NULL OR customer = $3)
   AND ($4::text IS NULL OR object_id = $4)
@@ -214,9 +218,11 @@ ORDER BY created_at DESC, seq DESC
 LIMIT $12;
 
 -- name: count_matching
--- How many events a replay would run again.
+-- How many events a replay would run again: processed ones, or failed ones, or of these the retrying or the dead alone.
 SELECT count(*) FROM webhook_events
-WHERE status = $1 AND ($1 <> 'failed' OR failed_at IS NOT NULL)
+WHERE CASE WHEN $1::text IN ('failed', 'retrying', 'dead') THEN failed_at IS NOT NULL
+           ELSE status = $1 AND $1 = 'processed' END
+  AND ($1 <> 'retrying' OR next_try_at IS NOT NULL) AND ($1 <> 'dead' OR next_try_at IS NULL)
   AND ($2::text IS NULL OR event_type = $2)
   AND ($3::text IS NULL OR customer = $3)
   AND ($4::text IS NULL OR object_id = $4)
@@ -234,7 +240,9 @@ WHERE status = $1 AND ($1 <> 'failed' OR failed_at IS NOT NULL)
 -- for it here could be a deadlock, since a claim takes its rows in another order.
 WITH picked AS (
     SELECT event_id, created_at, seq FROM webhook_events
-    WHERE status = $1 AND ($1 <> 'failed' OR failed_at IS NOT NULL)
+    WHERE CASE WHEN $1::text IN ('failed', 'retrying', 'dead') THEN failed_at IS NOT NULL
+               ELSE status = $1 AND $1 = 'processed' END
+      AND ($1 <> 'retrying' OR next_try_at IS NOT NULL) AND ($1 <> 'dead' OR next_try_at IS NULL)
       AND ($2::text IS NULL OR event_type = $2)
       AND ($3::text IS NULL OR customer = $3)
       AND ($4::text IS NULL OR object_id = $4)
@@ -251,7 +259,8 @@ WITH picked AS (
 ), again AS (
     UPDATE webhook_events AS e
     SET status = 'pending', outcome = NULL, processed_at = NULL, failed_at = NULL, next_try_at = now(), attempts = 0
-    FROM picked WHERE e.event_id = picked.event_id AND e.status = $1
+    FROM picked
+    WHERE e.event_id = picked.event_id AND e.status = CASE WHEN $1 = 'processed' THEN 'processed' ELSE 'failed' END
     RETURNING e.created_at, e.seq
 )
 SELECT count(*) AS count, max(created_at) AS created_at,
@@ -272,6 +281,11 @@ SELECT status FROM webhook_events WHERE event_id = $1;
 -- name: failures_of
 SELECT id, created_at, retry_count, next_try_at, error_type, error_message, traceback, fingerprint
 FROM webhook_failures WHERE event_id = $1 ORDER BY id;
+
+-- name: last_errors
+-- The type of the last error of each of these events that ever had one.
+SELECT DISTINCT ON (event_id) event_id, error_type FROM webhook_failures
+WHERE event_id = ANY ($1::text[]) ORDER BY event_id, id DESC;
 
 -- name: failed
 -- Failed events, newest first, each with its last error.
@@ -317,7 +331,8 @@ FROM webhook_counts_since(now() - make_interval(days => $1)) ORDER BY received D
 
 -- name: queue
 -- How the queue stands: events waiting or in work, seconds since the oldest was due; events that wait to be read from
--- Stripe, seconds since the oldest of those was due, and how asking goes; events that are dead.
+-- Stripe, seconds since the oldest of those was due, and how asking goes (a circuit that nobody has tried for five minutes
+-- says nothing); events that are dead.
 SELECT (SELECT coalesce(sum(received - processed - failed), 0) FROM webhook_counts_since('-infinity'))::bigint AS backlog,
        coalesce(greatest((SELECT extract(epoch FROM now() - min(next_try_at)) FROM webhook_events
                           WHERE next_try_at IS NOT NULL), 0), 0)::float8 AS oldest_due_seconds,
@@ -325,7 +340,8 @@ SELECT (SELECT coalesce(sum(received - processed - failed), 0) FROM webhook_coun
            AS waiting_reads,
        coalesce(greatest((SELECT extract(epoch FROM now() - min(read_due_at)) FROM webhook_events
                           WHERE read_due_at IS NOT NULL), 0), 0)::float8 AS oldest_unread_seconds,
-       coalesce((SELECT (opened_at IS NOT NULL)::int FROM webhook_api_budget), 0) AS circuit_open,
+       coalesce((SELECT (opened_at IS NOT NULL)::int FROM webhook_api_budget
+                 WHERE open_until > now() - interval '5 minutes'), 0) AS circuit_open,
        (SELECT count(*) FROM (SELECT FROM webhook_events WHERE failed_at IS NOT NULL AND next_try_at IS NULL
                               LIMIT 100000) AS dead)::bigint AS dead,
        coalesce((SELECT sum(greatest(missed, found)) FROM webhook_reconciliation

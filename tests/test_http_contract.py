@@ -25,6 +25,7 @@ from tests.conftest import (
     ADMIN_KEY,
     PREFIX,
     SECRET,
+    Log,
     MakeSettings,
     NewDatabase,
     Served,
@@ -595,8 +596,11 @@ async def test_events_are_listed_newest_first_with_what_is_known_of_each(
 @pytest.mark.parametrize(
     ("filters", "found"),
     [
-        ({"status": "failed"}, {"evt_f"}),
-        ({"status": "pending"}, {"evt_p"}),
+        ({"status": "failed"}, {"evt_f", "evt_r"}),
+        ({"status": "dead"}, {"evt_f"}),
+        ({"status": "retrying"}, {"evt_r"}),
+        ({"status": "pending"}, {"evt_p", "evt_u"}),
+        ({"status": "unread"}, {"evt_u"}),
         ({"status": "processing"}, {"evt_w"}),
         ({"status": "processed"}, {"evt_a", "evt_b"}),
         ({"type": "invoice.paid"}, {"evt_b", "evt_f"}),
@@ -606,7 +610,7 @@ async def test_events_are_listed_newest_first_with_what_is_known_of_each(
         ({"type": "invoice.paid", "customer": "cus_1"}, {"evt_f"}),
         ({"type": "nothing.such"}, set()),
         ({"until": "-2h"}, {"evt_a"}),
-        ({"since": "-2h"}, {"evt_b", "evt_f", "evt_p", "evt_w"}),
+        ({"since": "-2h"}, {"evt_b", "evt_f", "evt_p", "evt_r", "evt_u", "evt_w"}),
         ({"since": "-4h", "until": "-2h"}, {"evt_a"}),
     ],
 )
@@ -618,6 +622,9 @@ async def test_events_are_filtered(
     await put(db, "evt_f", "invoice.paid", status="failed", customer="cus_1")
     await put(db, "evt_p", status="pending")
     await put(db, "evt_w", status="processing", account="acct_1")
+    soon = datetime.now(UTC) + timedelta(minutes=5)
+    await put(db, "evt_r", status="failed", next_try_at=soon)
+    await put(db, "evt_u", status="pending", read_due_at=soon, read_try_at=soon)
     moments = {
         name: (datetime.now(UTC) - timedelta(hours=int(value[1:-1]))).isoformat()
         for name, value in filters.items()
@@ -660,7 +667,7 @@ async def test_pages_show_every_event_once_even_when_more_arrive_meanwhile(
 @pytest.mark.parametrize(
     "params",
     [
-        {"status": "dead"},
+        {"status": "lost"},
         {"limit": "0"},
         {"limit": "501"},
         {"limit": "many"},
@@ -884,7 +891,21 @@ async def test_a_replay_can_go_by_the_cause_of_the_failure(quiet_client: httpx.A
     assert await db.fetchval("SELECT status FROM webhook_events WHERE event_id = 'evt_2'") == "failed"
 
 
-@pytest.mark.parametrize("status", ["pending", "processing", "anything"])
+async def test_a_replay_of_the_dead_leaves_those_alone_that_run_again_by_themselves(
+    quiet_client: httpx.AsyncClient, db: Connection
+) -> None:
+    await put(db, "evt_dead", status="failed")
+    await put(db, "evt_retrying", status="failed", next_try_at=datetime.now(UTC) + timedelta(hours=1))
+    for status, left in (("dead", ["evt_retrying"]), ("retrying", [])):
+        answer = await quiet_client.post(f"{PREFIX}/events/replay", params={"status": status}, headers=ADMIN)
+        assert answer.json()["replayed_count"] == 1
+        failed = await db.fetch("SELECT event_id FROM webhook_events WHERE status = 'failed'")
+        assert [event_id for (event_id,) in failed] == left
+    audited = await db.fetch("SELECT filters FROM webhook_audit ORDER BY id")
+    assert [json.loads(filters) for (filters,) in audited] == [{"status": "dead"}, {"status": "retrying"}]
+
+
+@pytest.mark.parametrize("status", ["pending", "unread", "processing", "anything"])
 async def test_a_replay_of_what_is_not_finished_is_refused(status: str, quiet_client: httpx.AsyncClient) -> None:
     answer = await quiet_client.post(f"{PREFIX}/events/replay", params={"status": status}, headers=ADMIN)
     assert answer.status_code == 422
@@ -1141,3 +1162,39 @@ async def test_the_router_brings_its_own_lifespan_beside_the_hosts(
             "WHERE datname = current_database() AND application_name LIKE 'kamiyo%'"
         )
     )
+
+
+@pytest.mark.parametrize("routers", ["the same", "another"])
+async def test_a_router_that_is_included_twice_starts_one_system_and_answers_at_both_places(
+    routers: str, database_url: str, settings: MakeSettings, db: Connection, log: Log
+) -> None:
+    first = create_router(settings())
+    second = first if routers == "the same" else create_router(settings())
+    host = FastAPI()
+    host.include_router(first)
+    host.include_router(second, prefix="/pay")
+    for turn in range(2):
+        async with running_client(host) as client:
+            for place in ("", "/pay"):
+                body = event_json(f"evt_{turn}{place.removeprefix('/')}")
+                answer = await client.post(f"{place}{STRIPE}", content=body, headers=signed(body))
+                assert answer.json()["message"] == "Event received"
+                assert (await client.get(f"{place}{PREFIX}/ready")).status_code == 200
+    assert [line["event"] for line in log() if line["event"] in ("started", "stopped")] == 2 * ["started", "stopped"]
+    assert await db.fetchval("SELECT count(*) FROM webhook_events") == 4
+
+
+async def test_routers_with_different_settings_have_a_system_each(
+    database_url: str, settings: MakeSettings, log: Log
+) -> None:
+    host = FastAPI()
+    host.include_router(create_router(settings()))
+    host.include_router(create_router(settings(STRIPE_WEBHOOK_SECRET="whsec_other")), prefix="/other")
+    async with running_client(host) as client:
+        for place, secret in (("", SECRET), ("/other", "whsec_other")):
+            body = event_json()
+            assert (await client.post(f"{place}{STRIPE}", content=body, headers=signed(body, secret))).is_success
+            assert not (
+                await client.post(f"{place}{STRIPE}", content=body, headers=signed(body, "whsec_no"))
+            ).is_success
+    assert len([line for line in log() if line["event"] == "started"]) == 2

@@ -286,6 +286,8 @@ async def mixed(db: Connection) -> Connection:
 _FILTERS: list[tuple[Filters, str | None, str]] = [
     (Filters(), None, "e5 e6 e7 e8"),
     (Filters(status="processed"), None, "e1 e2 e3 e4"),
+    (Filters(status="dead"), None, "e5 e6 e7"),
+    (Filters(status="retrying"), None, "e8"),
     (Filters(type="invoice.paid"), None, "e5 e8"),
     (Filters(customer="cus_2"), None, "e6"),
     (Filters(status="processed", customer="cus_2"), None, "e2 e4"),

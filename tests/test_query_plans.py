@@ -328,6 +328,8 @@ _LISTS: dict[str, tuple[Filters, tuple[datetime, int] | None, str]] = {
     "everything": (Filters(), None, "webhook_events_created_at"),
     "the next page": (Filters(), (_SOON, 100), "webhook_events_created_at"),
     "failed": (Filters(status="failed"), None, "webhook_events_failed"),
+    "dead": (Filters(status="dead"), None, ""),
+    "unread": (Filters(status="unread"), None, ""),
     "failed, next page": (Filters(status="failed"), (_SOON, 100), "webhook_events_failed"),
     "pending": (Filters(status="pending"), None, "webhook_events_due"),
     "processed": (Filters(status="processed"), None, "webhook_events_created_at"),
@@ -403,12 +405,11 @@ async def test_pruning_starts_at_the_old_end_of_the_ledger(ledger: Connection) -
     assert rows_read(nodes, "webhook_events_created_at") <= 20
 
 
+@pytest.mark.parametrize("status", ["failed", "dead"])
 @pytest.mark.parametrize("query", ["count_matching", "replay"])
-async def test_replaying_what_failed_looks_at_nothing_else(query: str, ledger: Connection) -> None:
+async def test_replaying_what_failed_looks_at_nothing_else(query: str, status: str, ledger: Connection) -> None:
     position = (datetime(2000, 1, 1, tzinfo=UTC), 0, 1000) if query == "replay" else ()
-    nodes = await plan(
-        ledger, _SQL[query], *Filters(status="failed").values(), None, *position, mode="force_custom_plan"
-    )
+    nodes = await plan(ledger, _SQL[query], *Filters(status=status).values(), None, *position, mode="force_custom_plan")
     assert scanned(nodes) == set()
-    assert "webhook_events_failed" in indexes(nodes)
-    assert rows_read(nodes, "webhook_events_failed") <= EVENTS // 1000
+    assert indexes(nodes) & {"webhook_events_failed", "webhook_events_dead"}
+    assert sum(rows_read(nodes, index) for index in indexes(nodes) - {"webhook_events_pkey"}) <= EVENTS // 1000

@@ -11,6 +11,7 @@ import asyncpg
 from dotenv import dotenv_values
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -19,6 +20,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.table import Table
 
 from kamiyo import database
 from kamiyo.settings import Settings, load_settings
@@ -26,6 +28,8 @@ from kamiyo.web.system import database_url
 
 # Never narrower than this: a line that the terminal wraps can still be copied, an id that was cut off cannot.
 _NARROWEST = 150
+# More than any table needs.
+_WIDEST = 1000
 
 
 def _console(*, stderr: bool = False) -> Console:
@@ -105,6 +109,12 @@ async def connected(settings: Settings) -> AsyncIterator["asyncpg.Connection[asy
             yield db
         finally:
             await db.close()
+
+
+def print_whole(table: Table) -> None:
+    """Print a table with nothing cut off, however wide that makes it."""
+    needed = Measurement.get(console, console.options.update(max_width=_WIDEST), table).maximum
+    Console(width=max(console.width, needed)).print(table)
 
 
 @contextmanager

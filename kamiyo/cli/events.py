@@ -2,29 +2,61 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+import re
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, TypeVar
 
 import asyncpg
 import typer
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from kamiyo import database, handlers, inbox
 from kamiyo import rebuild as rebuilding
 from kamiyo import reconcile as reconciling
-from kamiyo.cli.console import connected, console, progressing, settings_for_commands
+from kamiyo.cli.console import complain, connected, console, print_whole, progressing, settings_for_commands
+from kamiyo.database import Connection
+from kamiyo.errors import AdminError
 from kamiyo.event import decode
-from kamiyo.inbox import Filters, Status
+from kamiyo.inbox import REPLAYABLE, Filters, State
 from kamiyo.reconcile import Compared
 from kamiyo.stripe_api import StripeApi
+from kamiyo.web.admin import detail_of, summary_of
+from kamiyo.web.dashboard import attention, changes, queries
+from kamiyo.web.dashboard.attention import Advice
+from kamiyo.web.models import EventSummary
 from kamiyo.web.system import database_url
 
 app = typer.Typer(help="See what came in, and run failed events again.", no_args_is_help=True)
 
 _T = TypeVar("_T")
 
-_StatusOption = Annotated[Status | None, typer.Option(help="Only events that stand like this.")]
+
+_AGO = re.compile(r"(\d{1,9})([mhd])")
+_SECONDS = {"m": 60, "h": 3600, "d": 86400}
+
+
+def _moment(text: str) -> datetime:
+    """So long ago, or a moment as it is written in ISO 8601; in UTC where it says nothing else."""
+    ago = _AGO.fullmatch(text)
+    try:
+        if ago is not None:
+            return datetime.now(UTC) - timedelta(seconds=int(ago[1]) * _SECONDS[ago[2]])
+        # As `events show` and the dashboard write it.
+        moment = datetime.fromisoformat(text.strip().removesuffix(" UTC"))
+        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise typer.BadParameter(
+            f"{text!r} is no moment. Write how long ago it was (90m, 72h, 7d), or 2026-11-23T21:05, in UTC."
+        ) from None
+
+
+_StatusOption = Annotated[
+    State | None,
+    typer.Option(help="Only events that stand like this; failed are those that are retrying and those that are dead."),
+]
 _TypeOption = Annotated[str | None, typer.Option("--type", help="Only this event type.")]
 _CustomerOption = Annotated[str | None, typer.Option(help="Only events of this customer (cus_…).")]
 _ObjectOption = Annotated[str | None, typer.Option("--object", help="Only events about this object (in_…, sub_…).")]
@@ -33,10 +65,22 @@ _ContextOption = Annotated[str | None, typer.Option(help="Only events of this co
 _LivemodeOption = Annotated[
     bool | None, typer.Option("--livemode/--testmode", help="Only events of live mode, or of test mode.")
 ]
-_SinceOption = Annotated[datetime | None, typer.Option(help="Only events received from then on (UTC).")]
-_UntilOption = Annotated[datetime | None, typer.Option(help="Only events received before then (UTC).")]
+_SinceOption = Annotated[
+    datetime | None,
+    typer.Option(
+        help="Only events received from then on: 90m, 72h, 7d ago, or 2026-11-23T21:05 (UTC).",
+        parser=_moment,
+        metavar="WHEN",
+    ),
+]
+_UntilOption = Annotated[
+    datetime | None, typer.Option(help="Only events received before then.", parser=_moment, metavar="WHEN")
+]
 
-_COLOURS = {"processed": "green", "failed": "red", "processing": "cyan", "pending": "yellow"}
+_COLOURS = {
+    **{State.pending: "yellow", State.unread: "yellow", State.processing: "cyan", State.processed: "green"},
+    **{State.retrying: "red", State.dead: "bold red"},
+}
 
 
 def _with_database(work: Callable[[Any], Awaitable[_T]]) -> _T:
@@ -59,12 +103,22 @@ def list_events(
     since: _SinceOption = None,
     until: _UntilOption = None,
     limit: Annotated[int, typer.Option(help="How many, newest first.", min=1, max=10_000)] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, for scripts.")] = False,
 ) -> None:
-    """List events, newest first."""
+    """List events, newest first, with why each stands as it does."""
     account = "" if account == inbox.OWN else account
-    filters = Filters(status, event_type, customer, object_id, account, context, livemode, _utc(since), _utc(until))
-    rows = _with_database(lambda db: inbox.listed(db, filters, limit=limit))
-    columns = ["received (UTC)", "event", "type", "status", "tries", "object", "customer"]
+    filters = Filters(status, event_type, customer, object_id, account, context, livemode, since, until)
+
+    async def look(db: Connection) -> tuple[Sequence[asyncpg.Record], Mapping[str, str]]:
+        found = await inbox.listed(db, filters, limit=limit)
+        return found, await inbox.last_errors(db, [row["event_id"] for row in found if row["status"] == "failed"])
+
+    rows, errors = _with_database(look)
+    if as_json:
+        for row in rows:
+            typer.echo(EventSummary(**summary_of(row)).model_dump_json())
+        return
+    columns = ["received (UTC)", "event", "type", "status", "tries", "why", "object", "customer"]
     # Most have one account and one mode: a column that says the same in each line only takes room.
     several = len({(row["account"], row["livemode"]) for row in rows}) > 1
     table = Table(*columns, *(["account", "mode"] if several else []), box=None, pad_edge=False)
@@ -76,20 +130,43 @@ def list_events(
             row["event_type"],
             _coloured(row),
             str(row["attempts"]),
+            Text(_why(row, errors)),
             row["object_id"] or "",
             row["customer"] or "",
             *whose,
         )
-    console.print(table if rows else "no events")
+    if rows:
+        print_whole(table)
+    else:
+        console.print("no events")
+
+
+def _why(row: asyncpg.Record, errors: Mapping[str, str]) -> str:
+    state = inbox.state_of(row)
+    if state is State.unread:
+        return "waits for Stripe"
+    if state in (State.retrying, State.dead):
+        error = errors.get(row["event_id"], "failed").rpartition(".")[2]
+        return error if state is State.dead else f"{error}, again {row['next_try_at']:%H:%M:%S}"
+    return row["outcome"] or ""
 
 
 @app.command("show")
 def show_event(
     event_id: Annotated[str, typer.Argument(help="The event's id (evt_…).")],
     payload: Annotated[bool, typer.Option(help="Print the payload as well.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything as one JSON object, for scripts.")] = False,
 ) -> None:
-    """Show one event: where it stands, every failed try, and its payload."""
-    row, failures = _with_database(lambda db: inbox.one(db, event_id))
+    """Show one event: where it stands, every failed try, whether it may be run again, and its payload."""
+
+    async def look(db: Connection) -> tuple[asyncpg.Record, Sequence[asyncpg.Record], Advice | None]:
+        found, tries = await inbox.one(db, event_id)
+        return found, tries, await _advice(db, found, tries)
+
+    row, failures, advice = _with_database(look)
+    if as_json:
+        typer.echo(detail_of(row, failures, row["body"] if payload else None).decode())
+        return
     facts = Table(show_header=False, box=None, pad_edge=False)
     for name in (
         "event_id",
@@ -118,25 +195,60 @@ def show_event(
     console.print(facts)
     for failure in failures:
         console.print(
-            f"\n[red]try {failure['retry_count']}[/] {_said(failure['created_at'])}  {failure['error_type']}: "
-            f"{failure['error_message']}",
+            f"\n[red]try {failure['retry_count']}[/] {_said(failure['created_at'])}  "
+            f"{escape(failure['error_type'])}: {escape(failure['error_message'])}",
             highlight=False,
         )
+        console.print(f"fingerprint {failure['fingerprint']}", style="dim", highlight=False)
         console.print(failure["traceback"], style="dim", highlight=False, markup=False)
+    if advice is not None:
+        console.print(f"\nMay I retry it? [bold]{advice.title}[/]", highlight=False)
+        for note in advice.notes:
+            console.print(f"  {note}", highlight=False, markup=False)
+        console.print(f"  kamiyo events retry {event_id}", highlight=False)
     if payload:
         console.print()
         console.print_json(json.dumps(decode(row["body"])) if row["body"] is not None else '"removed by retention"')
 
 
+async def _advice(db: Connection, row: asyncpg.Record, failures: Sequence[asyncpg.Record]) -> Advice | None:
+    """Whether a failed event may be run again: what the dashboard says of it."""
+    if row["status"] != "failed" or not failures:
+        return None
+    told = None
+    if row["body"] is not None:
+        told = changes.event_of(row["body"], row["created_at"], row["account"], row["livemode"])
+    effect = await queries.effect(db, told, row["created_at"]) if told is not None else None
+    return attention.advice(failures[-1]["error_type"], effect)
+
+
 @app.command("retry")
-def retry_event(event_id: Annotated[str, typer.Argument(help="The failed event's id (evt_…).")]) -> None:
-    """Run a failed event again, with five new tries."""
-    _with_database(lambda db: inbox.retry(db, event_id))
-    console.print(f"{event_id} is back in line; see `kamiyo events show {event_id}`", highlight=False)
+def retry_event(
+    event_id: Annotated[list[str], typer.Argument(help="The failed event's id (evt_…), or several.")],
+) -> None:
+    """Run failed events again, each with five new tries. Exit status 1 when one could not be."""
+
+    async def again(db: Connection) -> bool:
+        refused = False
+        for one in event_id:
+            try:
+                await inbox.retry(db, one)
+            except AdminError as error:
+                complain(str(error))
+                refused = True
+            else:
+                console.print(f"{one} is back in line; see `kamiyo events show {one}`", highlight=False)
+        return refused
+
+    if _with_database(again):
+        raise typer.Exit(1)
 
 
 def replay(
-    status: Annotated[Status, typer.Option(help="failed, or processed to run finished events again.")] = Status.failed,
+    status: Annotated[
+        State,
+        typer.Option(help="failed, of these retrying or dead alone, or processed to run finished events again."),
+    ] = State.failed,
     event_type: _TypeOption = None,
     customer: _CustomerOption = None,
     object_id: _ObjectOption = None,
@@ -145,6 +257,9 @@ def replay(
     livemode: _LivemodeOption = None,
     since: _SinceOption = None,
     until: _UntilOption = None,
+    fingerprint: Annotated[
+        str | None, typer.Option(help="Only events that failed for this cause, as `kamiyo events show` names it.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
@@ -152,26 +267,37 @@ def replay(
 
     Handlers of processed events run once more for each; the billing tables are the same afterwards.
     """
-    if status not in (Status.failed, Status.processed):
-        raise typer.BadParameter("only failed or processed events can be replayed")
+    if status not in REPLAYABLE:
+        raise typer.BadParameter(
+            f"what is {status.value} is in line already; it takes {', '.join(REPLAYABLE)}", param_hint="--status"
+        )
     account = "" if account == inbox.OWN else account
-    filters = Filters(status, event_type, customer, object_id, account, context, livemode, _utc(since), _utc(until))
-    count = _with_database(lambda db: inbox.count_matching(db, filters))
+    filters = Filters(status, event_type, customer, object_id, account, context, livemode, since, until)
+    count = _with_database(lambda db: inbox.count_matching(db, filters, fingerprint))
     console.print(f"{count} {status.value} events match", highlight=False)
     if dry_run or not count:
         return
     if not yes:
         typer.confirm("Run them again?", abort=True)
     with progressing("back in line", count) as progress:
-        done = _with_database(lambda db: inbox.replay(db, filters, progress=progress))
+        done = _with_database(lambda db: inbox.replay(db, filters, fingerprint, progress=progress))
     console.print(f"{done} events are back in line", highlight=False)
+
+
+#: Stripe forgets events after so long.
+_STRIPE_KEEPS = timedelta(days=30)
 
 
 def reconcile(
     since: Annotated[
-        str,
-        typer.Option(help="How far back, as 72h, 7d or 90m; Stripe keeps 30 days. Empty: where the last one ended."),
-    ] = "",
+        datetime | None,
+        typer.Option(
+            help="How far back: 90m, 72h, 7d, or 2026-11-23T21:05 (UTC); Stripe keeps 30 days.  "
+            "[default: where the last one ended]",
+            parser=_moment,
+            metavar="WHEN",
+        ),
+    ] = None,
 ) -> None:
     """Compare with Stripe's own lists of events, and take in what was never delivered. Needs STRIPE_SECRET_KEY.
 
@@ -179,7 +305,7 @@ def reconcile(
     was broken off, the next goes on.
     """
     settings = settings_for_commands()
-    begin = int(datetime.now(UTC).timestamp()) - _seconds(since) if since else None
+    begin = int(max(since, datetime.now(UTC) - _STRIPE_KEEPS).timestamp()) if since else None
 
     async def compare() -> Compared | None:
         async with database_url(settings) as url:
@@ -221,13 +347,6 @@ def reconcile(
             )
 
 
-def _seconds(text: str) -> int:
-    units = {"h": 3600, "d": 86400, "m": 60}
-    if len(text) < 2 or text[-1] not in units or not text[:-1].isdigit():
-        raise typer.BadParameter("--since takes a number and h, d or m: 72h, 7d, 90m")
-    return min(int(text[:-1]) * units[text[-1]], 30 * 86400)
-
-
 def rebuild() -> None:
     """Make the four billing tables again from the stored events alone, and stripe_objects as KAMIYO_MIRROR says.
 
@@ -255,18 +374,11 @@ def cleanup(
 
 
 def _coloured(row: asyncpg.Record) -> str:
-    status = row["status"]
-    dead = status == "failed" and row["next_try_at"] is None
-    # It waits until what it names is read from Stripe.
-    unread = status == "pending" and row["read_due_at"] is not None
-    return f"[{_COLOURS[status]}]{'dead' if dead else 'unread' if unread else status}[/]"
+    state = inbox.state_of(row)
+    return f"[{_COLOURS[state]}]{state.value}[/]"
 
 
 def _said(value: Any) -> str:
     if isinstance(value, datetime):
         return value.strftime("%Y-%m-%d %H:%M:%S.%f")[:-3] + " UTC"
     return "-" if value is None or value == "" else str(value)
-
-
-def _utc(moment: datetime | None) -> datetime | None:
-    return moment if moment is None or moment.tzinfo else moment.replace(tzinfo=UTC)

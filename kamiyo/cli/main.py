@@ -1,10 +1,12 @@
 """The commands, put together."""
 
 import sys
+from typing import Annotated
 
 import asyncpg
 import typer
 
+from kamiyo import __version__
 from kamiyo.cli import billing, chaos, conform, doctor, events, serve, simulate, upgrade
 from kamiyo.cli.console import complain
 from kamiyo.errors import KamiyoError
@@ -15,6 +17,22 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kamiyo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Say which version this is.", callback=_say_version, is_eager=True)
+    ] = False,
+) -> None:
+    """What is said before a command."""
+
 
 app.command("serve")(serve.serve)
 app.command("worker")(serve.worker)

@@ -3,7 +3,7 @@
 import base64
 import binascii
 import struct
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -96,7 +96,14 @@ _Context = Annotated[
     ),
 ]
 _Livemode = Annotated[bool, Query(description="Only events of live mode (true), or of test mode (false).")]
-_Status = Literal["pending", "processing", "processed", "failed"]
+_Status = Annotated[
+    Literal["pending", "unread", "processing", "processed", "failed", "retrying", "dead"],
+    Query(description="Failed are those that are `retrying` and those that are `dead`; `unread` are pending as well."),
+]
+_Replayable = Annotated[
+    Literal["failed", "retrying", "dead", "processed"],
+    Query(description="`failed` are those that are `retrying` and those that are `dead`."),
+]
 
 
 class AnsweringRoute(APIRoute):
@@ -183,7 +190,7 @@ def admin_router(current: Callable[[], System | None], settings: Callable[[], Se
         },
     )
     async def ready() -> dict[str, str]:
-        """For a load balancer's readiness probe: unlike `/health`, it does not speak of events that failed."""
+        """For a load balancer that can send deliveries elsewhere; unlike `/health` it says nothing of failed events."""
         if not system().settings.any_door_open:
             raise SecretMissing
         async with connection() as db:
@@ -237,7 +244,7 @@ def admin_router(current: Callable[[], System | None], settings: Callable[[], Se
         return {
             "status": "success",
             "count": len(rows),
-            "events": [_summary(row) for row in rows],
+            "events": [summary_of(row) for row in rows],
             "next": _cursor(rows[-1]["created_at"], rows[-1]["seq"]) if more else None,
         }
 
@@ -266,7 +273,7 @@ def admin_router(current: Callable[[], System | None], settings: Callable[[], Se
         **guarded,
     )
     async def replay(
-        status: Literal["failed", "processed"] = "failed",
+        status: _Replayable = "failed",
         type: _Name | None = None,
         customer: _Name | None = None,
         object_id: _Name | None = None,
@@ -298,10 +305,7 @@ def admin_router(current: Callable[[], System | None], settings: Callable[[], Se
         """Everything that is known of one event."""
         async with connection() as db:
             row, failures = await inbox.one(db, _believable(event_id))
-        told = models.EventDetail(
-            **_summary(row), payload=None, failures=[models.Attempt(**failure) for failure in failures]
-        )
-        return _with_payload(told, row["body"])
+        return Response(detail_of(row, failures, row["body"]), media_type="application/json")
 
     @router.post(
         "/events/{event_id}/retry",
@@ -381,7 +385,8 @@ def _statistics(rows: list[asyncpg.Record], days: int) -> dict[str, Any]:
     }
 
 
-def _summary(row: asyncpg.Record) -> dict[str, Any]:
+def summary_of(row: asyncpg.Record) -> dict[str, Any]:
+    """An event as lists show it: the values of `models.EventSummary`."""
     return _account_or_none(dict(row) | {"processing_time_ms": row["processing_us"] / 1000})
 
 
@@ -389,13 +394,14 @@ def _account_or_none(values: dict[str, Any]) -> dict[str, Any]:
     return values | {name: values[name] or None for name in ("account", "context") if name in values}
 
 
-def _with_payload(told: models.EventDetail, body: bytes | None) -> Response:
+def detail_of(row: asyncpg.Record, failures: Sequence[asyncpg.Record], body: bytes | None) -> bytes:
+    """An event with its failed tries and its payload, as the JSON of `models.EventDetail`."""
+    tries = [models.Attempt(**failure) for failure in failures]
+    told = models.EventDetail(**summary_of(row), payload=None, failures=tries)
     # The payload goes in as the text it came as: every JSON that could be stored can be shown, however deep it
     # is nested, and no number or letter is changed on the way.
     head = told.model_dump_json(exclude={"payload"}).encode()
-    return Response(
-        head[:-1] + b',"payload":' + (b"null" if body is None else body) + b"}", media_type="application/json"
-    )
+    return head[:-1] + b',"payload":' + (b"null" if body is None else body) + b"}"
 
 
 def _believable(event_id: str) -> str:

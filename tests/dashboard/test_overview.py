@@ -201,6 +201,19 @@ async def test_deliveries_that_are_refused_are_on_the_first_page(quiet_desk: htt
     assert "Deliveries are refused: their signature does not fit" in words(await page(quiet_desk))
 
 
+async def test_a_circuit_that_nobody_tries_any_more_is_not_told(quiet_desk: httpx.AsyncClient, db: Connection) -> None:
+    await put(db)
+    await db.execute("INSERT INTO webhook_api_budget DEFAULT VALUES ON CONFLICT DO NOTHING")
+    opened = "UPDATE webhook_api_budget SET refusals = 3, opened_at = now() - interval '1 hour', open_until = now() "
+    await db.execute(f"{opened} + interval '1 minute'")
+    assert "Stripe's API has not answered for 60 min" in words(await page(quiet_desk))
+    assert (await inbox.queue(db))["circuit_open"] == 1
+    # Since then nobody has asked: the key was taken out.
+    await db.execute(f"{opened} - interval '6 minutes'")
+    assert "Nothing needs you" in words(await page(quiet_desk))
+    assert (await inbox.queue(db))["circuit_open"] == 0
+
+
 async def test_rows_that_nothing_decides_are_listed_with_the_event_that_made_them(
     quiet_desk: httpx.AsyncClient, db: Connection
 ) -> None:

@@ -278,6 +278,20 @@ async def test_on_a_phone_every_button_is_large_enough_for_a_thumb(desk: Desk, b
             assert small == [], path
 
 
+async def test_on_a_phone_every_status_is_there_to_be_seen(desk: Desk, browser: Browser) -> None:
+    view: Any = {"width": 390, "height": 844}
+    async with opened(browser, desk, viewport=view, is_mobile=True, has_touch=True) as page:
+        await page.goto(f"{desk.url}/events")
+        hidden = await page.evaluate(
+            "[...document.querySelectorAll('nav[aria-label=Status] a')].filter((one) => {"
+            " const box = one.getBoundingClientRect(), all = one.parentElement.getBoundingClientRect();"
+            " return box.left < all.left || box.right > all.right || box.right > innerWidth; })"
+            ".map((one) => one.innerText)"
+        )
+        assert hidden == []
+        await expect(page.get_by_role("link", name="dead", exact=True)).to_be_visible()
+
+
 # ── By keyboard alone ───────────────────────────────────────────────────────────────────────────────────────
 
 

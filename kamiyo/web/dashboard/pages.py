@@ -298,7 +298,7 @@ async def event(visit: Visit) -> Response:
         trace_id=trace_id,
         trace_url=visit.site.settings.trace_url.replace("{trace_id}", trace_id) if trace_id else "",
         event=row,
-        state=wording.state(row),
+        state=inbox.state_of(row),
         failures=failures[::-1],
         last=last,
         place=queries.place_of(last["traceback"]) if last else None,

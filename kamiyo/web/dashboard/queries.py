@@ -8,6 +8,7 @@ from typing import Any
 
 import asyncpg
 
+from kamiyo import inbox
 from kamiyo.database import Connection, load_queries
 from kamiyo.event import LONGEST_NAME, Event
 from kamiyo.web.dashboard import changes
@@ -147,8 +148,8 @@ async def sample_backlog(db: Connection) -> None:
 
 # ── Events ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-#: What the list of events can be narrowed to: the four statuses, and the two kinds of failed.
-STATES = ("pending", "unread", "processing", "processed", "failed", "retrying", "dead")
+#: What the list of events can be narrowed to: the four statuses, the two kinds of failed, and what is unread.
+STATES = tuple(inbox.State)
 
 
 @dataclass(frozen=True, slots=True)

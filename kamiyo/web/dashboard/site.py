@@ -26,6 +26,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, RedirectRespons
 from starlette.routing import Route, Router
 from starlette.types import Message, Receive, Scope, Send
 
+from kamiyo import inbox
 from kamiyo.database import UNAVAILABLE, Connection
 from kamiyo.errors import EventUnknown, KamiyoError
 from kamiyo.settings import Settings
@@ -156,7 +157,7 @@ def _templates() -> jinja2.Environment:
         "count": wording.count,
         "percent": wording.percent,
         "money": wording.money,
-        "state": wording.state,
+        "state": inbox.state_of,
         "groupby_in_order": _grouped,
     }
     templates.globals |= {"plural": wording.plural, "MOST_COUNTED": queries.MOST_COUNTED}

@@ -1,4 +1,4 @@
-"""How moments, durations, amounts and states read on a page."""
+"""How moments, durations and amounts read on a page."""
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -124,16 +124,3 @@ def money(amount: int | None, currency: str | None) -> str:
     whole, rest = divmod(abs(amount), 10**digits)
     fraction = f".{rest:0{digits}d}" if digits else ""
     return f"{'−' if amount < 0 else ''}{count(whole)}{fraction}{_THIN}{currency.upper()}"
-
-
-def state(row: Fields) -> str:
-    """Where an event stands, in one word.
-
-    Its status, but `retrying` and `dead` for the two kinds of failed, and `unread` for a pending one that waits until
-    what it names is read from Stripe.
-    """
-    if row["status"] == "pending" and row.get("read_due_at") is not None:
-        return "unread"
-    if row["status"] != "failed":
-        return str(row["status"])
-    return "dead" if row["next_try_at"] is None else "retrying"
