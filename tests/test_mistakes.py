@@ -114,6 +114,20 @@ def test_the_greeting_sends_nobody_to_simulate_customers_where_they_are_real(
     assert "trigger --story signup" in said["development"]
 
 
+def test_the_greeting_hands_on_a_port_that_another_terminal_would_not_know(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def said(port: int) -> str:
+        serve._say_where_to_look(settings_for(None, PORT=port), [])
+        return capsys.readouterr().out
+
+    assert "export PORT=9000\n" in said(9000) and "export PORT" not in said(8000)
+    (tmp_path / ".env").write_text("PORT=9000\n")
+    assert "export PORT" not in said(9000)
+
+
 # ── The database ────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import prometheus_client
 import typer
 import uvicorn
+from dotenv import dotenv_values
 
 from kamiyo import database, handlers, telemetry
 from kamiyo.cli.console import complain, console, make_development_secrets, settings_for_commands
@@ -187,7 +188,11 @@ def _say_where_to_look(settings: Settings, made: list[str]) -> None:
             f"{kamiyo} events list": "what came in, and what became of it",
             "./scripts/test_webhooks.sh": "the whole road, checked",
         }
+    # Another terminal has not the port that was given to this one alone.
+    known = dotenv_values(".env").get("PORT") or str(Settings.model_fields["port"].default)
     say("\nNow type, in another terminal:")
+    if known != str(settings.port):
+        say(f"  export PORT={settings.port}")
     for command, what in next_steps.items():
         say(f"  {command:<{max(map(len, next_steps))}}   {what}")
     say("Ctrl-C stops it, in order.\n")
