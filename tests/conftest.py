@@ -360,6 +360,36 @@ async def workers_held(db: Connection) -> AsyncIterator[None]:
         yield
 
 
+@contextlib.asynccontextmanager
+async def locks_waited_for(db: Connection) -> AsyncIterator[None]:
+    """A delivery waits for a lock as long as it takes meanwhile, and not for a quarter of a second: on a busy machine a
+    story may need longer than that to come to its point."""
+    kept = await db.fetchval(
+        "SELECT split_part(option, '=', 2) FROM pg_proc, unnest(proconfig) AS option "
+        "WHERE proname = 'webhook_receive' AND option LIKE 'lock_timeout=%'"
+    )
+    await db.execute("ALTER FUNCTION webhook_receive SET lock_timeout = 0")
+    try:
+        yield
+    finally:
+        await db.execute(f"ALTER FUNCTION webhook_receive SET lock_timeout = '{kept}'")
+
+
+# Out of the table of locks, for that shows each moment also within a transaction, which pg_stat_activity does not.
+_WAITING_FOR_LOCKS = """
+SELECT count(DISTINCT pid) FROM pg_locks AS waiting WHERE NOT granted AND EXISTS (
+    SELECT FROM pg_locks AS any_of_its WHERE any_of_its.pid = waiting.pid
+    AND any_of_its.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+)
+"""
+
+
+async def waiting_for_locks(db: Connection) -> int:
+    """How many sessions of this database wait for a lock. One server may serve other stories meanwhile: theirs do not
+    count."""
+    return int(await db.fetchval(_WAITING_FOR_LOCKS))
+
+
 # ── The application ───────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -36,9 +36,10 @@ class StripeServer:
 
     `events` (newest first) and webhook `endpoints` are as the API lists them; objects are put in with `show`. `faults`
     are what goes wrong with the next answers, one each: a status (429, 500…; 200: nothing) or HANGS. `retry_after` goes
-    with a 429. Every answer takes `slow` seconds. What begins with a path in `forbidden` is answered 403. Stripe's
-    clock (`Date`) is `ahead` seconds before this machine's. `asked` are the queries, `paths` the paths, `asked_at` the
-    moments (of time.monotonic) of all requests so far, and `accounts` whose the requests were about.
+    with a 429. Every answer takes `slow` seconds; one that is asked for while there is a `held` waits for that.
+    What begins with a path in `forbidden` is answered 403. Stripe's clock (`Date`) is `ahead` seconds before this
+    machine's, or stands still at `stopped_at`. `asked` are the queries, `paths` the paths, `asked_at` the moments (of
+    time.monotonic) of all requests so far, and `accounts` whose the requests were about.
 
     `keys` are the keys there are, each with the account that it opens ('' is the platform). `events_of` are the events
     of an account in a mode, where they are others than `events`; where there are any, the platform may read the
@@ -56,7 +57,9 @@ class StripeServer:
     forbidden: set[str] = field(default_factory=set)
     retry_after: str = "0"
     slow: float = 0.0
+    held: asyncio.Event | None = None
     ahead: float = 0.0
+    stopped_at: int | None = None
     asked: list[str] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
     asked_at: list[float] = field(default_factory=list)
@@ -143,13 +146,16 @@ class StripeServer:
         self.paths.append(request.url.path)
         self.asked_at.append(time.monotonic())
         self.accounts.append(_account(request))
-        said = self._refusal(request)
+        said, held = self._refusal(request), self.held
         if said is None:
             # What is shown is looked up first: an answer that takes long is old when it comes.
             said = await call(request)
+        if held is not None:
+            await held.wait()
         if self.slow:
             await asyncio.sleep(self.slow)
-        said.headers["Date"] = formatdate(time.time() + self.ahead, usegmt=True)
+        now = time.time() + self.ahead if self.stopped_at is None else self.stopped_at
+        said.headers["Date"] = formatdate(now, usegmt=True)
         return said
 
     def _refusal(self, request: Request) -> Response | None:

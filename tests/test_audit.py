@@ -204,7 +204,7 @@ async def test_an_answer_that_is_older_than_the_row_proves_nothing_and_overwrite
     ada = example("customer", id="cus_ada", name="before")
     stripe.show(ada)
     # Told of a change in the very second in which Stripe is asked, or a later one.
-    await put(db, event_json(None, "customer.updated", {**ada, "name": "after"}, created=int(time.time()) + 5))
+    await put(db, event_json(None, "customer.updated", {**ada, "name": "after"}, created=int(time.time()) + 60))
     await work_off(worker, db)
     done = await ask(repair=True)
     assert (done.findings, done.unsettled) == ([], 1)

@@ -177,6 +177,13 @@ async def test_killed_in_the_middle_it_goes_on_from_the_page_that_was_in(
     finally:
         process.kill()
         await process.wait()
+    # Its session may be at a commit still.
+    await until(
+        lambda: db.fetchval(
+            "SELECT count(*) = 0 FROM pg_stat_activity "
+            "WHERE datname = current_database() AND application_name LIKE 'kamiyo%'"
+        )
+    )
     filled = len(await billing(db))
     assert 100 <= filled < 420
     assert filled == await db.fetchval("SELECT objects FROM webhook_backfills"), "rows and cursor commit together"
@@ -235,23 +242,21 @@ async def test_a_later_run_takes_over_and_the_earlier_one_says_so(
 ) -> None:
     show_customers(stripe, 150)
     async with asking(database_url, settings, stripe) as (pool, api):
-        page = asyncio.Event()
+        taken_over = asyncio.Event()
 
         def one_is_in(collection: str, objects: int) -> None:
             if objects:
-                stripe.slow = 0.3
-                page.set()
+                stripe.held = taken_over
 
         earlier = asyncio.create_task(backfill(pool, api, ["customers"], progress=one_is_in))
-        await page.wait()
-        asked = len(stripe.asked)
 
-        async def its_next_page_is_on_its_way() -> bool:
-            return len(stripe.asked) > asked
+        async def its_second_page_is_on_its_way() -> bool:
+            return len(stripe.asked) == 2
 
-        await until(its_next_page_is_on_its_way)
-        stripe.slow = 0.0
+        await until(its_second_page_is_on_its_way)
+        stripe.held = None
         await backfill(pool, api, ["customers"])
+        taken_over.set()
         with pytest.raises(BackfillTakenOver, match="another run"):
             await earlier
     assert len(await billing(db)) == 150

@@ -98,7 +98,8 @@ FAULTS: list[tuple[type[Receiver], str, str]] = [
 ]
 
 
-#: Faults that show as waiting in vain: the wait is made short. All others have time enough for any machine.
+#: Faults that show as waiting in vain: the wait is made short, though longer than a busy machine takes for the rest of
+#: the check. All others have time enough for any machine.
 WAITING = {
     faulty.NotesFirst,
     faulty.NotesFirstUnseen,
@@ -120,6 +121,7 @@ async def target_at(
     *,
     secrets: Sequence[str] = SECRETS,
     seconds: float = DEADLINE,
+    trickle_seconds: float = 1,
     views: bool = True,
 ) -> AsyncIterator[conform.Target]:
     """A target that shows its events and objects as `tests.receivers` do."""
@@ -129,7 +131,7 @@ async def target_at(
             address=conform.Address.of(url + path),
             secrets=tuple(secrets),
             timeout=seconds,
-            trickle_seconds=1,
+            trickle_seconds=trickle_seconds,
             events=conform.EventAddress(client, url + "/events/{event_id}") if views else None,
             objects=objects if views else None,
         )
@@ -158,7 +160,7 @@ async def test_a_sound_receiver_passes_every_check() -> None:
 
 @pytest.mark.parametrize(("fault", "check", "words"), FAULTS, ids=lambda value: getattr(value, "__name__", None))
 async def test_a_check_fails_at_a_receiver_that_has_its_fault(fault: type[Receiver], check: str, words: str) -> None:
-    seconds = 0.6 if fault in WAITING else DEADLINE
+    seconds = 1.5 if fault in WAITING else DEADLINE
     async with fault().serving() as url, target_at(url, seconds=seconds) as target:
         verdict = await named(check).run(target)
     assert verdict.outcome is Outcome.failed
@@ -203,10 +205,11 @@ async def test_a_receiver_that_refuses_everything_passes_nothing() -> None:
 
 
 async def test_a_receiver_that_is_not_there_fails_the_first_check() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
-    async with target_at(url, views=False) as target:
-        first, *_ = await conform.run(target)
+    # A port that nobody listens at, and that nobody else gets meanwhile.
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        async with target_at(f"http://127.0.0.1:{taken.getsockname()[1]}", views=False) as target:
+            first, *_ = await conform.run(target)
     assert first.verdict == conform.Verdict(Outcome.failed, "could not be reached: the connection is refused")
 
 
@@ -365,7 +368,7 @@ async def results_of_handwritten(new_database: NewDatabase) -> list[Result]:
     database_url = await asyncio.to_thread(lambda: new_database(migrated=False))
     async with (
         served_here(create_handwritten(database_url, SECRETS[0])) as url,
-        target_at(url, "/webhooks/stripe", secrets=SECRETS[:1], seconds=2) as target,
+        target_at(url, "/webhooks/stripe", secrets=SECRETS[:1], seconds=3, trickle_seconds=2) as target,
     ):
         return await conform.run(target)
 

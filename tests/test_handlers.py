@@ -27,7 +27,7 @@ from kamiyo.handlers import (
     registry,
     supported_types,
 )
-from tests.conftest import ROOT, event_json
+from tests.conftest import DEADLINE, ROOT, event_json
 
 
 @pytest.fixture
@@ -230,11 +230,25 @@ async def test_a_handlers_own_timeout_is_its_own_error(db: Connection, event: Ev
     assert not isinstance(caught.value, HandlerTimeout)
 
 
-async def test_each_handler_has_the_whole_time(db: Connection, event: Event) -> None:
-    async def patient(event: Event, db: Connection) -> None:
-        await db.execute("SELECT pg_sleep(0.12)")  # work that takes time, not a wait for something
+async def test_each_handler_has_the_whole_time(db: Connection, event: Event, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop, passed = asyncio.get_running_loop(), 0.0
+    clock = loop.time
+    # Two thirds of the time pass in each, by a clock that no busy machine can make go faster.
+    monkeypatch.setattr(loop, "time", lambda: clock() + passed)
 
-    await handlers.run(db, event, [patient, patient], timeout=0.2)
+    async def patient(event: Event, db: Connection) -> None:
+        nonlocal passed
+        passed += 2 * DEADLINE
+        await db.execute("SELECT 1")
+
+    async def endless(event: Event, db: Connection) -> None:
+        nonlocal passed
+        passed += 2 * DEADLINE
+        await asyncio.Event().wait()
+
+    await handlers.run(db, event, [patient, patient], timeout=3 * DEADLINE)
+    with pytest.raises(HandlerTimeout):
+        await handlers.run(db, event, [endless], timeout=2 * DEADLINE)
 
 
 # ── What a handler says ───────────────────────────────────────────────────────────────────────────────────

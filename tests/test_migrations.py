@@ -510,7 +510,12 @@ async def test_two_who_fold_at_once_fold_everything_once(database_url: str, db: 
 # ── Bodies ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_there_is_a_table_for_the_bodies_of_yesterday_today_and_the_coming_week(db: Connection) -> None:
+async def test_there_is_a_table_for_the_bodies_of_yesterday_today_and_the_coming_week(
+    empty: tuple[str, Connection],
+) -> None:
+    # A database of today: the one that all stories share may be of yesterday by now.
+    _, db = empty
+    await migrate(db)
     insert = "INSERT INTO webhook_payloads (seq, created_at, body) VALUES (1, now() + make_interval(days => $1), '')"
     for day in range(-1, 8):
         await db.execute(insert, day)

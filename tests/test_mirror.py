@@ -24,7 +24,7 @@ from kamiyo.inbox import Outcome
 from kamiyo.mirror import ALL, State, state_of
 from kamiyo.receive import ready_to_project
 from kamiyo.simulator import API_VERSIONS, EVENT_TYPES, OBJECTS, SimulatedEvent, World, deliveries, lifecycle, single
-from tests.conftest import MakeSettings, event_json, until
+from tests.conftest import MakeSettings, event_json, until, waiting_for_locks
 from tests.turns import NOW, example, failures_of, put, read, row_of, work_off, worker_on
 
 EVERY = frozenset({ALL})
@@ -424,11 +424,7 @@ async def test_two_workers_that_write_one_object_at_once_do_not_overlook_the_tie
     await first.start()
     await mirror.project(one, states(events[1:]), EVERY)
     second = asyncio.create_task(mirror.project(other, states(events[:1]), EVERY))
-
-    async def waits() -> bool:
-        return bool(await db.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = 'transactionid'"))
-
-    await until(waits)
+    await until(lambda: waiting_for_locks(db))
     await first.commit()
     await second
     row = (await objects(db))["charge", "ch_1"]

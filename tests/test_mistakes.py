@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from bench.chaos.ground import free_ports
 from kamiyo import database, inbox
 from kamiyo.cli import serve
 from kamiyo.database import Connection
@@ -32,11 +33,6 @@ def kamiyo(folder: Path, *words: str, **variables: str) -> tuple[int, str, str]:
         timeout=60,
     )
     return done.returncode, done.stdout, done.stderr
-
-
-def free_port() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as door:
-        return str(door.getsockname()[1])
 
 
 # ── The start ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -75,7 +71,8 @@ async def test_a_start_that_is_refused_says_why_in_a_sentence_and_shows_no_trace
         await serve._require_start(settings_for(url, KAMIYO_HANDLERS="no.such"))
     await serve._require_start(settings_for("postgresql://nobody@127.0.0.1:1/none"))  # it may come back
 
-    status, _, said = await asyncio.to_thread(kamiyo, tmp_path, "serve", PORT=free_port(), DATABASE_URL=url)
+    [port] = free_ports(1)
+    status, _, said = await asyncio.to_thread(kamiyo, tmp_path, "serve", PORT=str(port), DATABASE_URL=url)
     assert status == 3
     assert "The database has webhook_events already, which Kamiyo did not make." in said
     assert "Traceback" not in said

@@ -263,7 +263,7 @@ async def test_two_processes_keep_one_budget_and_both_pause_when_stripe_says_so(
     db: Connection, database_url: str, stripe: StripeServer
 ) -> None:
     stripe.show(example("customer", id="cus_1"))
-    stripe.retry_after = "2"
+    stripe.retry_after = "3"
     variables = {
         "DATABASE_URL": database_url,
         "STRIPE_SECRET_KEY": KEY,
@@ -294,7 +294,7 @@ async def test_two_processes_keep_one_budget_and_both_pause_when_stripe_says_so(
     assert len(at) == 25, "each got its answer, one of them at the second try"
     # What was on its way when Stripe said "too much" had gone out; then nobody asked for a second.
     pause, after = max((later - earlier, number) for number, (earlier, later) in enumerate(pairwise(at)))
-    assert pause > 1.5, "two seconds, but for how long what was on its way still took"
+    assert pause > 1.5, "three seconds, but for how long what was on its way still took"
     for part in (at[: after + 1], at[after + 1 :]):
         assert len(part) - 1 <= 20 * (part[-1] - part[0]) + 20, "20 a second, and what had gathered meanwhile"
     assert await db.fetchval("SELECT refusals FROM webhook_api_budget") == 0

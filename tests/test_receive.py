@@ -28,10 +28,12 @@ from tests.conftest import (
     NewDatabase,
     event_json,
     fresh_id,
+    locks_waited_for,
     noop,
     rows_written,
     settings_for,
     until,
+    waiting_for_locks,
 )
 
 OpenReceiver: TypeAlias = Callable[..., "contextlib.AbstractAsyncContextManager[Receiver]"]
@@ -175,10 +177,12 @@ async def test_the_same_event_over_two_connections_at_once_is_stored_once_and_bo
     assert await stored(db) == {"evt_1": "pending", "evt_2": "pending"}
 
 
-async def test_two_servers_that_get_the_same_events_store_each_once_and_both_tell_the_truth(database_url: str) -> None:
+async def test_two_servers_that_get_the_same_events_store_each_once_and_both_tell_the_truth(
+    database_url: str, db: Connection
+) -> None:
     ids = [f"evt_{n}" for n in range(200)]
     bodies = {event_id: event_json(event_id, HANDLED) for event_id in ids}
-    async with opened(database_url) as one, opened(database_url) as other:
+    async with locks_waited_for(db), opened(database_url) as one, opened(database_url) as other:
         answers = await asyncio.gather(
             *(receive(one, bodies[event_id]) for event_id in ids),
             *(receive(other, bodies[event_id]) for event_id in reversed(ids)),
@@ -197,13 +201,9 @@ async def test_two_servers_that_get_the_same_events_in_opposite_order_do_not_wai
     other_db = await database.connect(database_url, application="test")
 
     async def both_wait() -> bool:
-        waiting = (
-            "SELECT count(*) FROM pg_locks JOIN pg_stat_activity USING (pid) "
-            "WHERE datname = current_database() AND application_name = 'receiver' AND NOT granted"
-        )
-        return bool(await other_db.fetchval(waiting) == 2)
+        return await waiting_for_locks(other_db) == 2
 
-    async with opened(database_url) as one, opened(database_url) as other:
+    async with locks_waited_for(other_db), opened(database_url) as one, opened(database_url) as other:
         # Someone is in the middle of storing the one in the middle: each of the two gets there from its own end,
         # and goes on only when the other is there as well.
         held = db.transaction()
@@ -350,8 +350,11 @@ async def test_a_connection_that_is_cut_is_made_again(receiver: Receiver, db: Co
 async def test_who_waits_while_the_connection_breaks_is_committed_by_the_next_one(
     receiver: Receiver, db: Connection
 ) -> None:
-    blocked = "SELECT pid FROM pg_stat_activity WHERE application_name = 'receiver' AND wait_event_type = 'Lock'"
-    async with db.transaction():
+    blocked = (
+        "SELECT pid FROM pg_locks WHERE NOT granted AND relation = 'webhook_events'::regclass "
+        "AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+    )
+    async with locks_waited_for(db), db.transaction():
         await db.execute("LOCK TABLE webhook_events IN ACCESS EXCLUSIVE MODE")
         first = asyncio.ensure_future(receive(receiver, event_json("evt_1")))
         session = await until(lambda: db.fetchval(blocked))

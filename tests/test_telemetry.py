@@ -230,7 +230,11 @@ async def test_events_total_counts_outcomes_only_so_that_the_guides_success_rate
         await deliver(client, body)
         await settled(db, event_id)
 
+    async def all_are_timed() -> bool:
+        return counted("webhook_processing_duration_seconds_count", **labels) >= timed + 3
+
     # The counts follow the commit that makes the row visible, in the same turn of the worker.
+    await until(all_are_timed)
     assert (await client.get("/metrics")).status_code == 200
     assert counted("webhook_events_total", status="processed", **labels) == processed + 2
     assert counted("webhook_events_total", status="failed", **labels) == failed + 1
@@ -367,6 +371,7 @@ async def test_no_secret_and_nothing_of_a_customers_is_logged_or_counted(
     body = event_json("evt_1", "customer.updated", customer)
     await deliver(client, body)
     await settled(db, "evt_1", "failed")
+    await until(lambda: _said(log, "evt_1", "try_failed"))
     await client.post(f"{PREFIX}/stripe", content=body, headers=signed(body, "whsec_wrong"))
     await client.post(f"{PREFIX}/stripe", content=body[:-1], headers=signed(body[:-1]))
     await client.get(f"{PREFIX}/events", headers={"X-Admin-Key": "a wrong admin key"})

@@ -275,8 +275,8 @@ _ENDS: dict[str, tuple[Callable[[Event, Connection], Awaitable[None]], str, tupl
     "Bury": (_bury, "Bury: this customer is imaginary", None),
     "an error": (_raise, "ValueError: no such plan", (8, 12)),
     "SystemExit": (_exit, "SystemExit: 3", (8, 12)),
-    "waiting too long": (_wait_for_ever, "HandlerTimeout: took longer than 0.2 s", (8, 12)),
-    "asking too long": (_query_for_ever, "HandlerTimeout: took longer than 0.2 s", (8, 12)),
+    "waiting too long": (_wait_for_ever, "HandlerTimeout: took longer than 1 s", (8, 12)),
+    "asking too long": (_query_for_ever, "HandlerTimeout: took longer than 1 s", (8, 12)),
     "a timeout of its own": (_raise_a_timeout, "TimeoutError: of its own", (8, 12)),
     "bad SQL": (_bad_sql, "asyncpg.exceptions.DivisionByZeroError: division by zero", (8, 12)),
     "swallowed SQL error": (
@@ -305,7 +305,9 @@ async def test_a_handler_that_ends_badly_fails_its_own_event_and_no_other(
             shop,
             event_json(f"evt_{name}", "customer.updated", example("customer", id=f"cus_{name}", name=name)),
         )
-    worker = await make_worker(KAMIYO_FIRST_RETRY_DELAY=10, KAMIYO_HANDLER_TIMEOUT=0.2)
+    # Only where it is to be over soon: a busy machine may be slow with the neighbours' handlers as well.
+    limit = 1 if "too long" in end else DEADLINE
+    worker = await make_worker(KAMIYO_FIRST_RETRY_DELAY=10, KAMIYO_HANDLER_TIMEOUT=limit)
 
     assert await worker.run_once(shop) == 3
 

@@ -73,7 +73,11 @@ async def die(url: str, *, running: str | None = None) -> None:
 
 async def no_lanes_held(db: Connection) -> bool:
     """Whether PostgreSQL has noticed that whoever held a lane is gone."""
-    return not await db.fetchval("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'")
+    # In this database: one server may serve other stories meanwhile.
+    return not await db.fetchval(
+        "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' "
+        "AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+    )
 
 
 async def due_now(db: Connection) -> None:

@@ -45,11 +45,13 @@ async def test_when_nothing_is_wrong_it_says_so(quiet_desk: httpx.AsyncClient, d
 async def test_the_pictures_show_what_came_in_what_failed_how_long_it_took_and_what_waits(
     quiet_desk: httpx.AsyncClient, db: Connection
 ) -> None:
+    # In one moment, so that all of them are in one step of each picture.
+    together: dict[str, Any] = {"created_at": datetime.now(UTC)}
     for _ in range(6):
-        await put(db, processing_us=4000)
+        await put(db, processing_us=4000, **together)
     for _ in range(2):
-        await put(db, status="failed")
-    await put(db, status="pending", processed_at=None)
+        await put(db, status="failed", **together)
+    await put(db, status="pending", processed_at=None, **together)
     # The server took its look at this minute when it started.
     await until(lambda: db.fetchval("UPDATE webhook_backlog_by_minute SET waiting = 1 RETURNING waiting"))
     for name in RANGES:
@@ -84,11 +86,11 @@ async def test_an_older_event_is_in_the_range_it_belongs_to_and_in_no_shorter_on
 
 
 async def test_folded_and_fresh_counts_add_up_to_the_same_picture(db: Connection) -> None:
-    await put(db, age=timedelta(minutes=10))
     now = datetime.now(UTC)
+    await put(db, created_at=now - timedelta(minutes=10))
     fresh = {name: await queries.steps(db, chosen, now) for name, chosen in RANGES.items()}
     await inbox.fold_counts(db)
-    await put(db, age=timedelta(minutes=10))
+    await put(db, created_at=now - timedelta(minutes=10))
     for name, chosen in RANGES.items():
         steps = await queries.steps(db, chosen, now)
         assert [step.at for step in steps] == [step.at for step in fresh[name]]
@@ -105,8 +107,9 @@ async def test_the_backlog_is_written_down_once_a_minute_by_a_server_that_runs(
     await put(db, status="failed", next_try_at=datetime.now(UTC) + timedelta(minutes=5))
     await put(db, status="failed")
     await db.execute("INSERT INTO webhook_backlog_by_minute VALUES (now() - interval '9 days', 7, 7, 7)")
-    await queries.sample_backlog(db)
-    await queries.sample_backlog(db)
+    async with db.transaction():  # of one moment: between two of them a minute may end
+        await queries.sample_backlog(db)
+        await queries.sample_backlog(db)
     [row] = await db.fetch("SELECT * FROM webhook_backlog_by_minute")
     assert (row["waiting"], row["retrying"]) == (1, 1)
     assert 89 < row["oldest_due_seconds"] < 120

@@ -15,7 +15,7 @@ from kamiyo.database import Connection
 from kamiyo.web import create_app
 from kamiyo.web.dashboard import queries
 from kamiyo.web.dashboard.queries import STATES, Search
-from tests.conftest import MakeSettings, NewDatabase, run_apart, running_client
+from tests.conftest import DEADLINE, MakeSettings, NewDatabase, run_apart, running_client
 from tests.dashboard.conftest import BASE, sign_in
 
 
@@ -204,12 +204,17 @@ async def test_questions_are_asked_two_at_a_time_so_that_receiving_keeps_its_con
     database_url: str, settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together, most = 0, 0
+    two_ask = asyncio.Event()
     known_types = queries.known_types
 
     async def counted(db: Connection) -> list[str]:
         nonlocal together, most
         together += 1
         most = max(most, together)
+        if together == 2:
+            two_ask.set()
+        async with asyncio.timeout(DEADLINE):
+            await two_ask.wait()
         # The time of a slow question, spent in PostgreSQL, so that all who may ask at a time do.
         await db.execute("SELECT pg_sleep(0.01)")
         together -= 1

@@ -98,8 +98,8 @@ async def prometheus(database_url: str, tmp_path: Path) -> AsyncIterator[tuple[h
             process(PROMETHEUS, f"--config.file={tmp_path / 'prometheus.yml'}", *flags, folder=tmp_path)
         )
         async with (
-            httpx.AsyncClient(base_url=served.url) as server,
-            httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as asked,
+            httpx.AsyncClient(base_url=served.url, timeout=DEADLINE) as server,
+            httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=DEADLINE) as asked,
         ):
             yield server, asked
 
@@ -176,8 +176,13 @@ async def test_the_guides_four_expressions_return_what_sql_says(
     # The duration: every try is in it once, and the rules give the plain name its quantiles.
     tries = await db.fetchval("SELECT sum(greatest(attempts, 1)) FROM webhook_events")
     assert await number(asked, f"sum({duration}_count)") == tries
-    seconds = await db.fetchval("SELECT sum(processing_us) / 1e6 FROM webhook_events")
-    assert await number(asked, f"sum({duration}_sum)") == pytest.approx(float(seconds), rel=0.5)
+    # To the microsecond where a worker has measured it; of what is projected on arrival the row has the cost of the
+    # commit before, for its own is not over yet.
+    for kind in ("invoice.paid", "charge.refunded"):
+        seconds = await db.fetchval("SELECT sum(processing_us) / 1e6 FROM webhook_events WHERE event_type = $1", kind)
+        said = await number(asked, f'sum({duration}_sum{{event_type="{kind}"}})')
+        assert said and said == pytest.approx(float(seconds), abs=1e-5)
+    assert 0 < (await number(asked, f"sum({duration}_sum)") or 0) < DEADLINE
 
     async def all_quantiles() -> bool:
         # Each is a rule of its own, and the rules come one after another.
