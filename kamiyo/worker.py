@@ -283,8 +283,7 @@ class Worker:
         tried = 0
         for chunk in self._chunks(fit):
             if self._stopping or (tried and time.perf_counter() - began > _TURN_SECONDS):
-                await inbox.release(db, number, [claimed.event.id for claimed in chunk])
-                happened_to_each("claim_given_back", ({"event_id": claimed.event.id} for claimed in chunk))
+                await _give_back(db, number, [claimed.event.id for claimed in chunk])
                 continue
             try:
                 tried += await self._run_chunk(db, number, chunk)
@@ -393,7 +392,10 @@ class Worker:
             # thought of. Together they cannot pass, so each goes alone, and only the one that cannot has failed.
             if db.is_closed():
                 raise
-            if len(trials) == 1:
+            if isinstance(error, TimeoutError) and await projections.are_held(db):
+                # The tables are being made again, and that takes longer than an answer may: nobody's fault.
+                await _give_back(db, number, [trial.event.id for trial in trials])
+            elif len(trials) == 1:
                 await self._settle_refused(db, number, trials[0], error)
             else:
                 happened("batch_taken_apart", count=len(trials))
@@ -437,8 +439,7 @@ class Worker:
             await inbox.release(db, number, waiting, due_in=_TWIN_SECONDS)
         untried = [trial.event.id for trial in trials if trial.untried]
         if untried:
-            await inbox.release(db, number, untried)
-            happened_to_each("claim_given_back", ({"event_id": event_id} for event_id in untried))
+            await _give_back(db, number, untried)
         trials = [trial for trial in trials if not trial.untried and not trial.waits_for_twin]
         well = [trial for trial in trials if trial.error is None]
         if self.traces is not None:
@@ -655,6 +656,11 @@ async def _project(db: Connection, trials: Sequence[_Trial], mirrored: frozenset
     for trial in trials:
         trial.superseded = trial.row is not None and trial.row.event_id in superseded
     await mirror.project(db, [state for state in shown if state is not None], mirrored)
+
+
+async def _give_back(db: Connection, number: int, event_ids: Sequence[str]) -> None:
+    await inbox.release(db, number, event_ids)
+    happened_to_each("claim_given_back", ({"event_id": event_id} for event_id in event_ids))
 
 
 async def _known(db: Connection, thin: Sequence[Claimed]) -> dict[str, reads.Found | None]:

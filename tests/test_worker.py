@@ -11,11 +11,12 @@ import asyncpg
 import pytest
 
 from kamiyo import database, inbox
-from kamiyo.database import Connection
+from kamiyo.database import Connection, listening
 from kamiyo.event import Event
 from kamiyo.handlers import Bury, Registry, Retry
 from kamiyo.inbox import Filters
 from kamiyo.postgres import temporary_postgres
+from kamiyo.rebuild import rebuild
 from kamiyo.worker import MOST_HANDLED_TOGETHER, Worker
 from tests.conftest import DEADLINE, Log, MakeSettings, event_json, fresh_id, settled, until
 from tests.turns import (
@@ -687,6 +688,31 @@ async def test_a_death_is_recorded_even_when_the_one_who_finds_it_dies_as_well(
     await (await make_worker()).run_once(shop)
     [failure] = await failures_of(shop, "evt_1")
     assert (failure["error_type"], failure["retry_count"]) == ("WorkerDied", 1)
+
+
+async def test_while_the_tables_are_made_again_events_wait_however_long_it_takes_and_none_has_failed(
+    shop: Connection, other: Connection, database_url: str, own: Registry, make_worker: MakeWorker
+) -> None:
+    own.on("customer.updated")(leave_effect)
+    worker = await make_worker()
+    customers = [example("customer", id=f"cus_{number}") for number in range(3)]
+    await put(shop, *(event_json(f"evt_{one['id']}", "customer.updated", one, created=NOW) for one in customers))
+    # As patient as a worker's connection, whose patience ends while the rebuild waits for a lock of the test's.
+    pool = await database.open_pool(database_url, size=1, application="test impatient", idle_limit=1)
+    async with other.transaction():
+        await other.execute("LOCK TABLE webhook_reads")
+        rebuilding = asyncio.create_task(rebuild(shop))
+        waiting = "SELECT count(*) FROM pg_locks WHERE relation = 'webhook_reads'::regclass AND NOT granted"
+        await until(lambda: other.fetchval(waiting))
+        async with pool.acquire() as db:
+            assert await worker.run_once(db) == 3
+        assert set((await statuses(other)).values()) == {"pending"}
+        assert await other.fetchval("SELECT count(*) FROM webhook_failures") == 0
+    await rebuilding
+    assert await work_off(worker, shop) == 3
+    assert await effects(shop) == {f"evt_{one['id']}": 1 for one in customers}
+    assert await shop.fetchval("SELECT max(attempts) FROM webhook_events") == 1
+    await pool.close()
 
 
 # ── Running, stopping ───────────────────────────────────────────────────────────────────────────────────────
