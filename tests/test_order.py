@@ -474,6 +474,35 @@ async def test_a_rebuild_keeps_what_only_the_row_still_remembers_of_a_deleted_cu
     assert await billing(db) == before
 
 
+async def test_what_comes_in_while_a_deletion_is_merged_still_tells_what_the_object_was(
+    db: Connection, database_url: str, settings: MakeSettings
+) -> None:
+    invoice = example("invoice", id="in_1", status="draft", customer="cus_1")
+    gone = Read("invoice", "in_1", "", False, b"", NOW + 10, "evt_thin", ended=NOW + 5)
+    await projections.keep_reads(db, [gone])
+    row = projections.row_of_read(gone)
+    assert row is not None and row.is_stub
+
+    async def merge() -> None:
+        async with db.transaction():
+            await ties.project_rows(db, [row])
+
+    other = await database.connect(database_url, application="test door")
+    async with other.transaction():
+        # It may look at whatever it likes, and write when the other one has.
+        await other.execute("LOCK TABLE billing.invoices IN SHARE ROW EXCLUSIVE MODE")
+        merging = asyncio.create_task(merge())
+        waiting = "SELECT count(*) FROM pg_locks WHERE relation = 'billing.invoices'::regclass AND NOT granted"
+        await until(lambda: other.fetchval(waiting))
+        late = read(event_json("evt_late", "invoice.created", invoice, created=NOW))
+        await inbox.put_projected(other, *ready_to_project([late], Registry()), microseconds=1)
+    await other.close()
+    await merging
+    await work_off(await worker_on(database_url, settings()), db)
+    merged = (await billing(db))["invoices", "in_1"]
+    assert (merged["customer"], merged["total"], merged["deleted_at"]) == ("cus_1", invoice["total"], NOW + 5)
+
+
 async def test_a_cleanup_in_the_middle_of_a_rebuild_takes_no_row_with_it(
     db: Connection, database_url: str, settings: MakeSettings
 ) -> None:
