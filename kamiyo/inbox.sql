@@ -286,6 +286,11 @@ WHERE e.failed_at IS NOT NULL
 ORDER BY e.created_at DESC, e.seq DESC
 LIMIT $1;
 
+-- name: begin_prune
+-- In the transaction of a prune: what is stored meanwhile is looked at once more for copies of what is removed (see
+-- webhook_receive).
+SELECT pg_advisory_xact_lock(118038671810933);
+
 -- name: prune
 -- Removes processed events from before a moment, with their bodies; a bounded number, to hold no lock for long.
 -- Stripe sends an event again for up to 30 days: until then a tombstone remembers its id.
