@@ -105,6 +105,8 @@ class Worker:
         self._hands: set[asyncio.Task[None]] = set()
         self._resting: asyncio.Future[None] | None = None
         self._help = asyncio.Event()
+        # How often something may have become due while every hand was busy.
+        self._missed = 0
         self._slow: set[str] = set()
         self._mirrored = self.settings.mirrored
         # Seconds an event takes, lately. Begins as if a whole batch fitted into a turn.
@@ -131,7 +133,9 @@ class Worker:
                     self._hands.add(hand)
                     hand.add_done_callback(self._hands.discard)
                 else:
-                    # Something may be due, and every hand is busy: another process may have one free.
+                    # Something may be due, and every hand is busy: another process may have one free. Here, a hand that
+                    # is just looking may have looked too early.
+                    self._missed += 1
                     self._help.set()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_LOOK_EVERY_SECONDS):
@@ -188,8 +192,10 @@ class Worker:
         holding = True
         try:
             while not self._stopping:
-                most = self._fitting()
+                most, missed = self._fitting(), self._missed
                 number, batch, due_in = await inbox.claim_or_wait(db, most, self.registry.types())
+                if not batch and self._missed != missed:
+                    continue
                 if not batch:
                     holding = False
                     return due_in
@@ -217,9 +223,10 @@ class Worker:
                             async with asyncio.timeout(5):
                                 await self._help.wait()
                         if self._help.is_set():
+                            # Before it is sent: what is asked for meanwhile is sent for as well.
+                            self._help.clear()
                             await inbox.notify(db)
                             await asyncio.sleep(_HELP_EVERY_SECONDS)
-                            self._help.clear()
                         else:
                             await db.execute("SELECT 1", timeout=5)
             except _AWAY as error:

@@ -747,6 +747,64 @@ async def test_a_running_worker_hears_of_events_tries_them_again_in_time_and_sto
     assert await effects(shop) == {"evt_1": 1}
 
 
+async def test_what_becomes_due_while_the_only_hand_is_just_looking_is_taken_at_once(
+    shop: Connection,
+    other: Connection,
+    database_url: str,
+    settings: MakeSettings,
+    own: Registry,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("kamiyo.worker._LOOK_EVERY_SECONDS", 3600.0)
+    monkeypatch.setattr("kamiyo.worker._REST_SECONDS", 3600.0)
+    # Between looking for what is due and locking a lane it waits for a lock of the test's.
+    await shop.execute(
+        "CREATE FUNCTION shop.pg_try_advisory_lock(class integer, lane integer) RETURNS boolean LANGUAGE sql AS "
+        "'SELECT pg_advisory_xact_lock_shared(99); SELECT pg_catalog.pg_try_advisory_lock(class, lane)'"
+    )
+    slow = f"{database_url}{'&' if '?' in database_url else '?'}search_path=shop,pg_catalog,public"
+    worker = await worker_on(slow, settings(KAMIYO_WORKER_CONCURRENCY=1), own)
+    await put(shop, of("cus_0", "evt_0"))
+    await inbox.claim(other, 1)
+    await shop.execute("SELECT pg_advisory_lock(99)")
+    async with running(worker):
+        await until(lambda: shop.fetchval("SELECT count(*) FROM pg_locks WHERE objid = 99 AND NOT granted"))
+
+        async def heard(times: int) -> bool:
+            return worker._missed >= times
+
+        await until(lambda: heard(1))  # it looks once more as soon as it can be told
+        await put(shop, of("cus_1", "evt_1"))
+        await until(lambda: heard(2))
+        await shop.execute("SELECT pg_advisory_unlock(99)")
+        await settled(shop, "evt_1", "processed", within=20)
+
+
+async def test_a_worker_whose_hands_are_full_calls_others_for_whatever_comes_even_just_after_it_has_called(
+    shop: Connection, database_url: str, own: Registry, make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kamiyo.worker._LOOK_EVERY_SECONDS", 3600.0)
+    entered, calls = asyncio.Event(), list[int]()
+
+    @own.on("invoice.paid")
+    async def handler(event: Event, db: Connection) -> None:
+        entered.set()
+        await asyncio.Event().wait()
+
+    worker = await make_worker(KAMIYO_WORKER_CONCURRENCY=1)
+    await put(shop, of("cus_1", "evt_1"))
+    async with running(worker):
+        await entered.wait()
+        async with listening(database_url, lambda: calls.append(1)):
+            for times in (1, 2, 3):
+                worker.wake()
+
+                async def called(times: int = times) -> bool:
+                    return len(calls) >= times
+
+                await until(called, within=20)
+
+
 async def test_a_stopping_worker_finishes_what_it_handles_and_gives_the_rest_back_untried(
     shop: Connection, own: Registry, make_worker: MakeWorker
 ) -> None:
