@@ -33,7 +33,8 @@ _MIGRATION_SECONDS = 24 * 3600.0
 # The worker asks its listener's session for a sign every five seconds.
 _LISTENER_IDLE = "SET idle_session_timeout = '60s'"
 
-#: What asyncpg and the operating system raise when PostgreSQL is away, going away, or refuses to commit now.
+#: What asyncpg and the operating system raise when PostgreSQL is away, going away, or refuses to commit now; where two
+#: wait for each other, it ends one of them.
 UNAVAILABLE: tuple[type[BaseException], ...] = (
     OSError,
     TimeoutError,
@@ -43,6 +44,7 @@ UNAVAILABLE: tuple[type[BaseException], ...] = (
     asyncpg.OperatorInterventionError,
     asyncpg.InsufficientResourcesError,
     asyncpg.ReadOnlySQLTransactionError,
+    asyncpg.TransactionRollbackError,
     asyncpg.InternalClientError,
 )
 

@@ -437,10 +437,16 @@ async def prune(db: Connection, before: datetime, *, progress: Callable[[int], N
     Never an unprocessed one. Each chunk commits by itself: call it outside a transaction.
     """
     done = 0
-    while count := int(await db.fetchval(_SQL["prune"], before, CHUNK)):
+    while count := await _prune_chunk(db, before):
         done += count
         progress(done)
     return done
+
+
+async def _prune_chunk(db: Connection, before: datetime) -> int:
+    async with db.transaction():
+        await db.execute(_SQL["begin_prune"])
+        return int(await db.fetchval(_SQL["prune"], before, CHUNK))
 
 
 async def prune_tombstones(db: Connection) -> None:

@@ -40,14 +40,14 @@ LEFT JOIN webhook_tombstones AS t ON t.event_id = i.event_id
 WHERE s.event_id IS NULL;
 
 -- name: receive
--- Stores new events, and processes those whose billing row is all they need: see 020_thin_events.sql.
+-- Stores new events, and processes those whose billing row is all they need: see 024_late_copies.sql.
 SELECT known_event_id, known_status, is_new FROM webhook_receive(
     $1::webhook_arrival[], $2::bytea[], $3::integer[], $4::billing.customers_row[], $5::billing.subscriptions_row[],
     $6::billing.invoices_row[], $7::billing.payment_methods_row[], $8
 );
 
 -- name: claim
--- Lets go of the lanes of the last turn, and takes up to $1 due events: see 022_claim_in_place.sql. $2: types with a handler.
+-- Lets go of the lanes of the last turn, and takes up to $1 due events: see 025_claim_in_its_lane.sql. $2: types with a handler.
 SELECT claim, due_in, seq, created_at, event_id, event_type, stripe_created, livemode, thin, account, context,
        api_version, object_type, object_id, customer, snapshot_event, lane, attempts, suspect, abandoned, was_running,
        started, body
@@ -299,6 +299,11 @@ LEFT JOIN LATERAL (
 WHERE e.failed_at IS NOT NULL
 ORDER BY e.created_at DESC, e.seq DESC
 LIMIT $1;
+
+-- name: begin_prune
+-- In the transaction of a prune: what is stored meanwhile is looked at once more for copies of what is removed (see
+-- webhook_receive).
+SELECT pg_advisory_xact_lock(118038671810933);
 
 -- name: prune
 -- Removes processed events from before a moment, with their bodies; a bounded number, to hold no lock for long.

@@ -96,9 +96,13 @@ async def project(db: Connection, states: Sequence[State], names: frozenset[str]
             await _settle(db, groups[key], standing, names)
 
 
-async def forget(db: Connection, names: frozenset[str]) -> None:
-    """Hold other writers off until the transaction ends, and clear the rows that the events of `names` make again."""
+async def hold(db: Connection) -> None:
+    """Hold other writers off until the transaction ends."""
     await db.execute(_SQL["lock"])
+
+
+async def forget(db: Connection, names: frozenset[str]) -> None:
+    """Clear the rows that the events of `names` make again."""
     await db.execute(_SQL["forget"], ALL in names, list(names))
     await db.execute(_SQL["reopen"], ALL in names, list(names))
 

@@ -430,6 +430,11 @@ async def write(db: Connection, rows: Sequence[Row], *, force: bool = False) -> 
     return before
 
 
+async def are_held(db: Connection) -> bool:
+    """Whether the tables are being made again, so that nobody else can write to them."""
+    return bool(await db.fetchval(_SQL["are_held"]))
+
+
 async def kept(db: Connection, place: Place) -> Row | None:
     """A row as it stands, of a table whose objects can be gone; None where there is none."""
     table, key = place

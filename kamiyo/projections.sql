@@ -210,7 +210,14 @@ RETURNING object_type, object_id, account, livemode, body, extract(epoch FROM st
 -- name: hold_tables
 -- Other writers wait until the rebuild commits; readers do not, and neither do deliveries: they are told by the lock
 -- that nothing can be projected on arrival now (see webhook_receive).
-SELECT pg_advisory_xact_lock(118038671810930);
+SELECT pg_advisory_lock(118038671810930);
+
+-- name: let_go_of_tables
+SELECT pg_advisory_unlock(118038671810930);
+
+-- name: are_held
+-- Whether a rebuild is going on.
+SELECT NOT pg_try_advisory_xact_lock_shared(118038671810930);
 
 -- name: lock_tables
 LOCK TABLE billing.customers, billing.subscriptions, billing.invoices, billing.payment_methods IN EXCLUSIVE MODE;

@@ -1,4 +1,8 @@
 -- What waits to be read from Stripe's API.
+--
+-- Some of what waits is due for a worker as well: it looks again after an hour. So whatever changes several events here
+-- passes over those that somebody else is just changing. A claim takes its rows in another order, and to wait for one with
+-- others in hand could be a deadlock. What is passed over still waits, and its turn comes a few seconds later.
 
 -- name: alone
 -- One process of many looks for what is due, so that no two read the same; the lock goes with the transaction.
@@ -7,13 +11,18 @@ SELECT pg_try_advisory_xact_lock(118038671810932);
 -- name: told
 -- Events whose snapshot twin was processed meanwhile need no read: to the workers, unless they have handlers ($1: their
 -- types) that the twin did not run. Looked for among the newest, as twins come close together.
+WITH told AS MATERIALIZED (
+    SELECT e.event_id
+    FROM (SELECT event_id, snapshot_event, event_type FROM webhook_events
+          WHERE read_due_at IS NOT NULL AND snapshot_event IS NOT NULL ORDER BY read_due_at DESC LIMIT 1000) AS due
+    JOIN webhook_events AS s ON s.event_id = due.snapshot_event
+    JOIN webhook_events AS e ON e.event_id = due.event_id
+    WHERE s.status = 'processed' AND e.status = 'pending' AND (s.outcome = 'handled' OR due.event_type <> ALL ($1::text[]))
+    FOR UPDATE OF e SKIP LOCKED
+)
 UPDATE webhook_events AS e
 SET read_due_at = NULL, read_try_at = NULL, next_try_at = now()
-FROM (SELECT event_id, snapshot_event, event_type FROM webhook_events
-      WHERE read_due_at IS NOT NULL AND snapshot_event IS NOT NULL ORDER BY read_due_at DESC LIMIT 1000) AS due
-JOIN webhook_events AS s ON s.event_id = due.snapshot_event
-WHERE e.event_id = due.event_id AND s.status = 'processed' AND e.status = 'pending'
-  AND (s.outcome = 'handled' OR due.event_type <> ALL ($1::text[]))
+FROM told WHERE e.event_id = told.event_id
 RETURNING pg_notify('webhook_events', '');
 
 -- name: take
@@ -21,17 +30,22 @@ RETURNING pg_notify('webhook_events', '');
 -- them is left to this reader for $2 seconds: should it die, somebody else takes them then.
 WITH due AS MATERIALIZED (
     SELECT event_id, coalesce(object_id, event_id) AS object_id, account, livemode, read_try_at FROM webhook_events
-    WHERE read_try_at <= now()
+    WHERE read_try_at <= now() AND status = 'pending'
       AND (livemode = ANY ($4::boolean[]) OR (account, livemode) IN (SELECT * FROM unnest($5::text[], $6::boolean[])))
     ORDER BY read_try_at LIMIT 500
 ), objects AS MATERIALIZED (
     SELECT object_id, account, livemode, min(read_try_at) AS since, min(event_id) AS example FROM due
     GROUP BY 1, 2, 3 ORDER BY since LIMIT $1
+), free AS MATERIALIZED (
+    SELECT e.event_id, due.object_id FROM due JOIN objects USING (object_id, account, livemode)
+    JOIN webhook_events AS e ON e.event_id = due.event_id
+    -- Said again of the row as it is when it is locked; worded so that the index of what is to be read is no way to it.
+    WHERE e.status = 'pending' AND (e.read_try_at <= now()) IS TRUE
+    FOR UPDATE OF e SKIP LOCKED
 ), taken AS (
     UPDATE webhook_events AS e SET read_try_at = now() + make_interval(secs => $2)
-    FROM due JOIN objects USING (object_id, account, livemode)
-    WHERE e.event_id = due.event_id AND e.status = 'pending'
-    RETURNING e.event_id, due.object_id, due.account, due.livemode
+    FROM free WHERE e.event_id = free.event_id
+    RETURNING e.event_id, free.object_id, e.account, e.livemode
 )
 SELECT o.object_id AS asked_id, o.account, o.livemode, e.event_id, e.event_type, e.thin, e.context, e.api_version,
        e.object_type, e.object_id, e.customer, e.snapshot_event, extract(epoch FROM e.stripe_created)::bigint AS stripe_created,
@@ -42,7 +56,9 @@ SELECT o.object_id AS asked_id, o.account, o.livemode, e.event_id, e.event_type,
        (SELECT extract(epoch FROM min(w.stripe_created))::bigint FROM webhook_events AS w
         WHERE w.object_id = o.object_id AND w.account = o.account AND w.livemode = o.livemode
           AND w.read_due_at IS NOT NULL AND w.event_type = ANY ($3::text[])) AS ended
-FROM objects AS o JOIN webhook_events AS e ON e.event_id = o.example;
+FROM objects AS o JOIN webhook_events AS e ON e.event_id = o.example
+WHERE EXISTS (SELECT FROM taken AS t
+              WHERE t.object_id = o.object_id AND t.account = o.account AND t.livemode = o.livemode);
 
 -- name: renew
 -- These are still being read: nobody else takes them for $2 seconds more.
@@ -50,7 +66,8 @@ FROM objects AS o JOIN webhook_events AS e ON e.event_id = o.example;
 UPDATE webhook_events
 SET read_try_at = CASE WHEN read_try_at IS NOT NULL
                        THEN greatest(read_try_at, clock_timestamp() + make_interval(secs => $2)) END
-WHERE event_id = ANY ($1::text[]) AND status = 'pending';
+WHERE event_id = ANY (ARRAY(SELECT event_id FROM webhook_events WHERE event_id = ANY ($1::text[]) AND status = 'pending'
+                            FOR UPDATE SKIP LOCKED));
 
 -- name: ready
 -- What was read is there: events that it shows, because their second was over when it was asked, go to the workers, in
@@ -69,8 +86,11 @@ RETURNING e.event_id, pg_notify('webhook_events', '');
 UPDATE webhook_events
 SET read_try_at = clock_timestamp()
                   + make_interval(secs => greatest($4, least(extract(epoch FROM now() - read_due_at)::float8 / 4, $5)))
-WHERE (object_id = $1 OR event_id = $1) AND account = $2 AND livemode = $3 AND read_due_at IS NOT NULL
-  AND status = 'pending';
+WHERE event_id = ANY (ARRAY(
+    SELECT event_id FROM webhook_events
+    WHERE (object_id = $1 OR event_id = $1) AND account = $2 AND livemode = $3 AND read_due_at IS NOT NULL
+      AND status = 'pending'
+    FOR UPDATE SKIP LOCKED));
 
 -- name: not_yet_alike
 -- The key is refused for others like it as well: all that is due of this account ($1) and mode, and of this type of object,
@@ -80,11 +100,11 @@ SET read_try_at = now() + make_interval(
         secs => CASE WHEN read_due_at IS NOT NULL
                      THEN greatest($4, least(extract(epoch FROM now() - read_due_at)::float8 / 4, $5)) END)
 WHERE event_id = ANY (ARRAY(SELECT event_id FROM webhook_events
-                            WHERE read_try_at <= now() AND livemode = $2
+                            WHERE read_try_at <= now() AND livemode = $2 AND status = 'pending'
                               AND ($1::text IS NULL OR account = $1)
                               AND ($3::text IS NULL OR object_type = $3)
-                            ORDER BY read_try_at LIMIT 10000))
-  AND status = 'pending';
+                            ORDER BY read_try_at LIMIT 10000
+                            FOR UPDATE SKIP LOCKED));
 
 -- name: refuse
 -- Stripe will never give what these events are about: they are dead, each with the reason.
@@ -92,8 +112,11 @@ WITH refused AS (
     UPDATE webhook_events
     SET status = 'failed', failed_at = clock_timestamp(), next_try_at = NULL, read_due_at = NULL, read_try_at = NULL,
         attempts = greatest(attempts, 1)
-    WHERE (object_id = $1 OR event_id = $1) AND account = $2 AND livemode = $3 AND read_due_at IS NOT NULL
-      AND status = 'pending'
+    WHERE event_id = ANY (ARRAY(
+        SELECT event_id FROM webhook_events
+        WHERE (object_id = $1 OR event_id = $1) AND account = $2 AND livemode = $3 AND read_due_at IS NOT NULL
+          AND status = 'pending'
+        FOR UPDATE SKIP LOCKED))
     RETURNING event_id, event_type, attempts
 )
 INSERT INTO webhook_failures (event_id, event_type, retry_count, error_type, error_message, fingerprint)

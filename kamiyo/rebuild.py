@@ -25,12 +25,25 @@ async def rebuild(
     were read.
 
     Readers see the old rows until it commits. Meanwhile deliveries are stored and acknowledged as ever, and their
-    processing waits. `progress` hears how many events are done so far.
+    processing waits. `progress` hears how many events are done so far. Within a transaction of the caller's nobody may
+    clean up events meanwhile.
     """
+    await db.execute(_SQL["hold_tables"])
+    try:
+        return await _make_again(db, mirrored, progress)
+    finally:
+        if not db.is_closed():
+            await db.execute(_SQL["let_go_of_tables"])
+
+
+async def _make_again(db: Connection, mirrored: frozenset[str], progress: Callable[[int], None]) -> int:
     done, at, seq = 0, _DAWN, 0
-    async with db.transaction():
-        await db.execute(_SQL["hold_tables"])
+    # One view of all that is stored, from the first look to the last: a row whose event somebody cleans up meanwhile
+    # would be forgotten here, and made by nothing. It begins with the first look, so the locks come before that.
+    async with db.transaction(isolation=None if db.is_in_transaction() else "repeatable_read"):
         await db.execute(_SQL["lock_tables"])
+        if mirrored:
+            await mirror.hold(db)
         for table in TABLES:
             await db.execute(_SQL[f"forget_{table}"])
         if mirrored:

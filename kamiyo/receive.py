@@ -341,8 +341,8 @@ class Receiver:
             return await inbox.put_projected(db, arrivals, rows, microseconds=cost, source=source)
         except asyncpg.DataError:
             # A value that PostgreSQL's types do not take. Stored first; the workers find out whose it is.
-            known = await inbox.put(db, [waiting.event for waiting in group], source=source)
-            return Stored(known, {waiting.event.id for waiting in group} - known.keys())
+            pending = [Arrival(waiting.event, None) for waiting in group]
+            return await inbox.put_projected(db, pending, [], microseconds=0, source=source)
 
     def _refuse(self, group: Sequence[_Waiting], error: BaseException) -> None:
         if group:

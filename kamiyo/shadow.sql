@@ -19,10 +19,11 @@ ON CONFLICT (event_id) DO NOTHING
 RETURNING event_id;
 
 -- name: prune
--- Forgets a bounded number of those that are older than seven days.
+-- Forgets a bounded number of those that are older than seven days; not those that another process is just forgetting.
 DELETE FROM webhook_shadow_events WHERE event_id IN (
     SELECT event_id FROM webhook_shadow_events WHERE created_at < now() - make_interval(days => $1)
     ORDER BY created_at LIMIT $2
+    FOR UPDATE SKIP LOCKED
 );
 
 -- name: span

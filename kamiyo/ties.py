@@ -22,7 +22,7 @@ import contextlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -34,6 +34,9 @@ from kamiyo.telemetry import happened
 
 # Pairs are compared; a second with more events of one object than this is left to Stripe to explain.
 _MOST_COMPARED = 60
+
+# Below every rank: it overwrites nothing, and everything overwrites it.
+_NOTHING = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +131,9 @@ async def _settle(db: Connection, group: Sequence[Row], standing: Standing | Non
 async def _merge_stub(db: Connection, group: Sequence[Row]) -> Row | None:
     """A deletion that only says "gone": keep what was last known of the object, and since when it was."""
     sample = group[0]
+    # The row is held before anything is looked up. Where nothing is known of it, not even the customer, what comes in
+    # meanwhile comes through another lane: it waits here, and is not written over unseen.
+    await projections.write(db, [replace(sample, rank=_NOTHING)])
     seen = _observations(await inbox.of_object(db, *sample.key), sample.table)
     stored = await projections.reads_of(db, [sample.key])
     read = [row for row in map(_row_of, stored.get(sample.key, ())) if row is not None and row.table == sample.table]
@@ -142,7 +148,7 @@ async def _merge_stub(db: Connection, group: Sequence[Row]) -> Row | None:
         if not row.is_stub and (known is None or known.rank < row.rank):
             known = row
     kept = await projections.kept(db, sample.place)
-    if kept is not None and (known is None or (known.rank < kept.rank and not kept.is_stub)):
+    if kept is not None and kept.rank != _NOTHING and (known is None or (known.rank < kept.rank and not kept.is_stub)):
         # Retention took the bodies that would tell it; the row itself still remembers.
         known = kept
     if known is not None and known.rank > latest.rank:

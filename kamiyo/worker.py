@@ -105,6 +105,8 @@ class Worker:
         self._hands: set[asyncio.Task[None]] = set()
         self._resting: asyncio.Future[None] | None = None
         self._help = asyncio.Event()
+        # How often something may have become due while every hand was busy.
+        self._missed = 0
         self._slow: set[str] = set()
         self._mirrored = self.settings.mirrored
         # Seconds an event takes, lately. Begins as if a whole batch fitted into a turn.
@@ -131,7 +133,9 @@ class Worker:
                     self._hands.add(hand)
                     hand.add_done_callback(self._hands.discard)
                 else:
-                    # Something may be due, and every hand is busy: another process may have one free.
+                    # Something may be due, and every hand is busy: another process may have one free. Here, a hand that
+                    # is just looking may have looked too early.
+                    self._missed += 1
                     self._help.set()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_LOOK_EVERY_SECONDS):
@@ -188,8 +192,10 @@ class Worker:
         holding = True
         try:
             while not self._stopping:
-                most = self._fitting()
+                most, missed = self._fitting(), self._missed
                 number, batch, due_in = await inbox.claim_or_wait(db, most, self.registry.types())
+                if not batch and self._missed != missed:
+                    continue
                 if not batch:
                     holding = False
                     return due_in
@@ -217,9 +223,10 @@ class Worker:
                             async with asyncio.timeout(5):
                                 await self._help.wait()
                         if self._help.is_set():
+                            # Before it is sent: what is asked for meanwhile is sent for as well.
+                            self._help.clear()
                             await inbox.notify(db)
                             await asyncio.sleep(_HELP_EVERY_SECONDS)
-                            self._help.clear()
                         else:
                             await db.execute("SELECT 1", timeout=5)
             except _AWAY as error:
@@ -283,8 +290,7 @@ class Worker:
         tried = 0
         for chunk in self._chunks(fit):
             if self._stopping or (tried and time.perf_counter() - began > _TURN_SECONDS):
-                await inbox.release(db, number, [claimed.event.id for claimed in chunk])
-                happened_to_each("claim_given_back", ({"event_id": claimed.event.id} for claimed in chunk))
+                await _give_back(db, number, [claimed.event.id for claimed in chunk])
                 continue
             try:
                 tried += await self._run_chunk(db, number, chunk)
@@ -393,7 +399,10 @@ class Worker:
             # thought of. Together they cannot pass, so each goes alone, and only the one that cannot has failed.
             if db.is_closed():
                 raise
-            if len(trials) == 1:
+            if isinstance(error, TimeoutError) and await projections.are_held(db):
+                # The tables are being made again, and that takes longer than an answer may: nobody's fault.
+                await _give_back(db, number, [trial.event.id for trial in trials])
+            elif len(trials) == 1:
                 await self._settle_refused(db, number, trials[0], error)
             else:
                 happened("batch_taken_apart", count=len(trials))
@@ -437,8 +446,7 @@ class Worker:
             await inbox.release(db, number, waiting, due_in=_TWIN_SECONDS)
         untried = [trial.event.id for trial in trials if trial.untried]
         if untried:
-            await inbox.release(db, number, untried)
-            happened_to_each("claim_given_back", ({"event_id": event_id} for event_id in untried))
+            await _give_back(db, number, untried)
         trials = [trial for trial in trials if not trial.untried and not trial.waits_for_twin]
         well = [trial for trial in trials if trial.error is None]
         if self.traces is not None:
@@ -655,6 +663,11 @@ async def _project(db: Connection, trials: Sequence[_Trial], mirrored: frozenset
     for trial in trials:
         trial.superseded = trial.row is not None and trial.row.event_id in superseded
     await mirror.project(db, [state for state in shown if state is not None], mirrored)
+
+
+async def _give_back(db: Connection, number: int, event_ids: Sequence[str]) -> None:
+    await inbox.release(db, number, event_ids)
+    happened_to_each("claim_given_back", ({"event_id": event_id} for event_id in event_ids))
 
 
 async def _known(db: Connection, thin: Sequence[Claimed]) -> dict[str, reads.Found | None]:

@@ -948,6 +948,27 @@ async def test_cleanup_takes_the_bodies_along_and_a_late_copy_is_still_a_duplica
     assert await db.fetchval("SELECT count(*) FROM webhook_events") == 0
 
 
+@pytest.mark.parametrize(
+    "reason", ["deadlock_detected", "serialization_failure", "lock_not_available", "query_canceled"]
+)
+async def test_a_call_that_postgresql_ends_for_the_sake_of_others_is_answered_503_and_goes_well_the_next_time(
+    reason: str, quiet_client: httpx.AsyncClient, db: Connection
+) -> None:
+    await put(db, "evt_1", age=timedelta(days=31))
+    await db.execute(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS "
+        f"$$ BEGIN RAISE EXCEPTION USING ERRCODE = '{reason}'; END $$;"
+        "CREATE TRIGGER refuse BEFORE DELETE ON webhook_events FOR EACH ROW EXECUTE FUNCTION refuse()"
+    )
+    try:
+        answer = await quiet_client.post(f"{PREFIX}/cleanup", headers=ADMIN)
+    finally:
+        await db.execute("DROP FUNCTION refuse CASCADE")
+    assert (answer.status_code, answer.json()) == (503, {"detail": "Database unavailable"})
+    answer = await quiet_client.post(f"{PREFIX}/cleanup", headers=ADMIN)
+    assert answer.json()["deleted_count"] == 1
+
+
 @pytest.mark.parametrize("days", ["0", "-1", "3651", "x"])
 async def test_cleanup_of_everything_at_once_cannot_be_asked_for(days: str, quiet_client: httpx.AsyncClient) -> None:
     answer = await quiet_client.post(f"{PREFIX}/cleanup", params={"days": days}, headers=ADMIN)

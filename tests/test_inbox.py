@@ -1,6 +1,7 @@
 """The durable table of events: what goes in stays, once; what a person asks for is done and written down."""
 
 import asyncio
+import contextlib
 import json
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -12,7 +13,8 @@ import pytest
 from kamiyo import database, inbox
 from kamiyo.database import Connection
 from kamiyo.errors import EventNotFailed, EventUnknown
-from kamiyo.inbox import ClaimLost, Failure, Filters, Outcome, Settled, Status
+from kamiyo.event import lane_of
+from kamiyo.inbox import Claimed, ClaimLost, Failure, Filters, Outcome, Settled, Status
 from tests.conftest import event_json, until
 from tests.turns import NOW, failures_of, put, read, row_of, statuses
 
@@ -146,17 +148,55 @@ async def test_what_the_last_holder_of_a_lane_settled_a_moment_ago_is_not_claime
 ) -> None:
     await put(db, event("evt_1"), event("evt_2", customer="cus_2"))
     number, _ = await inbox.claim(db, 1)
-    # Between looking for what is due and locking its lane, the other one waits for a lock of the test's.
+    async with halfway_through_a_claim(db, other) as claiming:
+        await inbox.succeed(db, number, [Settled("evt_1", Outcome.handled, 1, 1)])
+        await inbox.unlock(db)
+        _, claimed = await claiming
+    assert [one.event.id for one in claimed] == ["evt_2"]
+
+
+async def test_an_event_that_its_last_holder_moved_a_moment_ago_is_not_claimed_in_the_lane_that_it_was_in(
+    db: Connection, other: Connection
+) -> None:
+    await put(db, event_json("evt_1", "invoice.paid", {"id": "x_1", "object": "x"}, created=NOW))
+    number, _ = await inbox.claim(db, 1)
+    moving = db.transaction()
+    await moving.start()
+    await inbox.move(db, number, {"evt_1": ("cus_1", lane_of("", "cus_1"))})
+    async with halfway_through_a_claim(db, other) as claiming:
+        await moving.commit()
+        await inbox.unlock(db)
+        # It holds the lane of the object, and the event is in the customer's, where others may be at work.
+        assert await claiming == (0, [])
+    _, [claimed] = await inbox.claim(db, 10)
+    assert (claimed.event.customer, claimed.lane, claimed.abandoned) == ("cus_1", lane_of("", "cus_1"), False)
+
+
+async def test_a_claim_that_takes_nothing_holds_nothing(db: Connection, other: Connection) -> None:
+    await put(db, event("evt_1"))
+    number, _ = await inbox.claim(db, 1)
+    async with halfway_through_a_claim(db, other) as claiming:
+        await inbox.succeed(db, number, [Settled("evt_1", Outcome.handled, 1, 1)])
+        await inbox.unlock(db)
+        assert await claiming == (0, [])
+    await put(db, event("evt_2"))
+    _, claimed = await inbox.claim(db, 10)
+    assert [one.event.id for one in claimed] == ["evt_2"]
+
+
+@contextlib.asynccontextmanager
+async def halfway_through_a_claim(
+    db: Connection, other: Connection
+) -> AsyncIterator["asyncio.Task[tuple[int, list[Claimed]]]"]:
+    """`other` claims: it has looked for what is due, and locks no lane before `db` lets go of its own."""
     await other.execute(_SLOW_LOCK)
     await db.execute("SELECT pg_advisory_lock(99)")
     claiming = asyncio.create_task(inbox.claim(other, 10))
     await until(lambda: db.fetchval("SELECT count(*) FROM pg_locks WHERE objid = 99 AND NOT granted"))
-    await inbox.succeed(db, number, [Settled("evt_1", Outcome.handled, 1, 1)])
-    await inbox.unlock(db)
-
-    _, claimed = await claiming
-    assert [one.event.id for one in claimed] == ["evt_2"]
-    await other.execute("RESET search_path; DROP SCHEMA slow CASCADE")
+    try:
+        yield claiming
+    finally:
+        await other.execute("RESET search_path; DROP SCHEMA slow CASCADE")
 
 
 _SLOW_LOCK = """

@@ -3,6 +3,7 @@
 And they end true, equal to what the simulated Stripe last said of each object, where they say they are decided.
 """
 
+import asyncio
 import json
 import random
 from collections import defaultdict
@@ -17,7 +18,7 @@ from hypothesis import Phase, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from kamiyo import inbox, projections, rebuild, shapes, ties
+from kamiyo import database, inbox, projections, rebuild, shapes, ties
 from kamiyo.database import Connection
 from kamiyo.event import Event
 from kamiyo.handlers import Registry
@@ -27,7 +28,7 @@ from kamiyo.receive import ready_to_project
 from kamiyo.shapes import TABLES
 from kamiyo.simulator import API_VERSIONS, SimulatedEvent, World, deliveries, lifecycle, thin
 from kamiyo.simulator.terms import DAY
-from tests.conftest import MakeSettings, event_json, examples, fresh_id
+from tests.conftest import MakeSettings, event_json, examples, fresh_id, until
 from tests.turns import NOW, Tables, billing, example, read, work_off, worker_on
 
 Batch = list[Event]
@@ -471,3 +472,54 @@ async def test_a_rebuild_keeps_what_only_the_row_still_remembers_of_a_deleted_cu
 
     assert await rebuild.rebuild(db) == 1
     assert await billing(db) == before
+
+
+async def test_what_comes_in_while_a_deletion_is_merged_still_tells_what_the_object_was(
+    db: Connection, database_url: str, settings: MakeSettings
+) -> None:
+    invoice = example("invoice", id="in_1", status="draft", customer="cus_1")
+    gone = Read("invoice", "in_1", "", False, b"", NOW + 10, "evt_thin", ended=NOW + 5)
+    await projections.keep_reads(db, [gone])
+    row = projections.row_of_read(gone)
+    assert row is not None and row.is_stub
+
+    async def merge() -> None:
+        async with db.transaction():
+            await ties.project_rows(db, [row])
+
+    other = await database.connect(database_url, application="test door")
+    async with other.transaction():
+        # It may look at whatever it likes, and write when the other one has.
+        await other.execute("LOCK TABLE billing.invoices IN SHARE ROW EXCLUSIVE MODE")
+        merging = asyncio.create_task(merge())
+        waiting = "SELECT count(*) FROM pg_locks WHERE relation = 'billing.invoices'::regclass AND NOT granted"
+        await until(lambda: other.fetchval(waiting))
+        late = read(event_json("evt_late", "invoice.created", invoice, created=NOW))
+        await inbox.put_projected(other, *ready_to_project([late], Registry()), microseconds=1)
+    await other.close()
+    await merging
+    await work_off(await worker_on(database_url, settings()), db)
+    merged = (await billing(db))["invoices", "in_1"]
+    assert (merged["customer"], merged["total"], merged["deleted_at"]) == ("cus_1", invoice["total"], NOW + 5)
+
+
+async def test_a_cleanup_in_the_middle_of_a_rebuild_takes_no_row_with_it(
+    db: Connection, database_url: str, settings: MakeSettings
+) -> None:
+    mirrored = frozenset({"all"})
+    worker = await worker_on(database_url, settings(KAMIYO_MIRROR="all"))
+    await inbox.put(db, [read(event_json(None, "customer.created", example("customer", id="cus_1"), created=NOW))])
+    await work_off(worker, db)
+    before = await billing(db), await db.fetch("SELECT * FROM stripe_objects")
+    assert [len(rows) for rows in before] == [1, 1]
+    other = await database.connect(database_url, application="test cleanup")
+    async with other.transaction():
+        # It has forgotten the first rows when it comes to the reads, and makes none again before it gets them.
+        await other.execute("LOCK TABLE webhook_reads")
+        rebuilding = asyncio.create_task(rebuild.rebuild(db, mirrored=mirrored))
+        waiting = "SELECT count(*) FROM pg_locks WHERE relation = 'webhook_reads'::regclass AND NOT granted"
+        await until(lambda: other.fetchval(waiting))
+        assert await inbox.prune(other, datetime.now(UTC)) == 1
+    await other.close()
+    assert await rebuilding == 1
+    assert (await billing(db), await db.fetch("SELECT * FROM stripe_objects")) == before

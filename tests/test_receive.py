@@ -17,7 +17,7 @@ from kamiyo import database, inbox
 from kamiyo import receive as receiving
 from kamiyo.database import Connection, listening
 from kamiyo.errors import DatabaseUnavailable, Overloaded, PayloadError, SecretMissing, SignatureError
-from kamiyo.event import lane_of
+from kamiyo.event import lane_of, parse
 from kamiyo.handlers import Registry
 from kamiyo.receive import Message, Receipt, Receiver
 from kamiyo.signature import sign
@@ -132,6 +132,33 @@ async def test_a_late_copy_of_an_event_that_was_cleaned_up_is_known_for_what_it_
     assert await stored(db) == {}
 
 
+async def test_a_copy_that_comes_while_its_event_is_cleaned_up_is_known_for_what_it_is(
+    receiver: Receiver, db: Connection
+) -> None:
+    gone, stays = customer_event("evt_gone", "cus_1"), event_json("evt_stays", HANDLED)
+    await asyncio.gather(receive(receiver, gone), receive(receiver, stays))
+    async with db.transaction():
+        assert await inbox.prune(db, await db.fetchval("SELECT now() + interval '1 minute'")) == 1
+        group = asyncio.gather(*(receive(receiver, body) for body in (gone, stays, event_json("evt_new", HANDLED))))
+        await until(lambda: db.fetchval(_WAITING))
+    assert [receipt.message for receipt in await group] == [
+        Message.already_processed,
+        Message.already_received,
+        Message.received,
+    ]
+    assert await stored(db) == {"evt_stays": "pending", "evt_new": "pending"}
+    assert await db.fetchval("SELECT count(*) FROM webhook_payloads") == 2
+    counted = await db.fetch("SELECT event_type, total_events FROM webhook_statistics")
+    assert [tuple(row) for row in counted] == [(HANDLED, 2)]
+
+
+#: How many of the receivers' sessions wait for somebody.
+_WAITING = """
+SELECT count(*) FROM pg_locks WHERE NOT granted AND pid IN (
+    SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'receiver')
+"""
+
+
 async def test_a_forged_or_senseless_body_is_refused_and_nothing_is_written(receiver: Receiver, db: Connection) -> None:
     for body, header, error in (
         (event_json(), None, SignatureError),
@@ -219,6 +246,27 @@ async def test_two_servers_that_get_the_same_events_in_opposite_order_do_not_wai
         receipts = [*await upwards, *await downwards]
     assert Counter(receipt.message for receipt in receipts) == {Message.received: 100, Message.already_received: 100}
     await other_db.close()
+
+
+async def test_a_copy_that_another_server_takes_long_to_commit_costs_nobody_the_answer(
+    receiver: Receiver, db: Connection
+) -> None:
+    bodies = [event_json(f"evt_{number}", HANDLED) for number in range(3)]
+    await receive(receiver, event_json("evt_before", HANDLED))
+    async with db.transaction():
+        await inbox.put(db, [parse(bodies[1], received=time.time())])
+        group = asyncio.gather(*(receive(receiver, body) for body in bodies))
+
+        async def longer_than_a_billing_row_is_waited_for() -> bool:
+            waiting = f"{_WAITING} AND clock_timestamp() - waitstart > interval '400 ms'"
+            return group.done() or bool(await db.fetchval(waiting))
+
+        await until(longer_than_a_billing_row_is_waited_for)
+    assert [receipt.message for receipt in await group] == [
+        Message.received,
+        Message.already_received,
+        Message.received,
+    ]
 
 
 async def test_a_client_that_gives_up_takes_neither_its_event_nor_its_neighbours_out_of_the_group(

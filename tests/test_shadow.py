@@ -25,6 +25,7 @@ from kamiyo.stripe_api import StripeApi
 from kamiyo.web import create_app
 from tests.conftest import (
     ADMIN,
+    DEADLINE,
     PREFIX,
     SECRET,
     Log,
@@ -265,6 +266,22 @@ async def test_what_is_older_than_seven_days_is_forgotten_by_the_maintenance_tur
 
         await until(forgotten)
     assert await db.fetchval("SELECT event_id FROM webhook_shadow_events") == "evt_new"
+
+
+async def test_of_many_processes_each_forgets_what_no_other_is_just_forgetting(
+    database_url: str, db: Connection
+) -> None:
+    await shadow.put(db, [read(event_json(f"evt_{number}")) for number in range(3)])
+    await db.execute("UPDATE webhook_shadow_events SET created_at = now() - interval '8 days'")
+    other = await database.connect(database_url, application="test other")
+    # In the middle: it has the last of them, and comes to the others next.
+    async with other.transaction():
+        await other.execute("SELECT FROM webhook_shadow_events WHERE event_id = 'evt_2' FOR UPDATE")
+        async with asyncio.timeout(DEADLINE):
+            await shadow.prune(db)
+        await other.execute("DELETE FROM webhook_shadow_events")
+    await other.close()
+    assert await db.fetchval("SELECT count(*) FROM webhook_shadow_events") == 0
 
 
 # ── Pairs ───────────────────────────────────────────────────────────────────────────────────────────────────

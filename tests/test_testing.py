@@ -13,6 +13,7 @@ import stripe
 from fastapi import FastAPI
 
 from kamiyo import Connection, Event, Retry, handlers
+from kamiyo.database import load_queries
 from kamiyo.testing import SECRET, Database, KitError, assert_exactly_once, deliver, signed, stories
 from kamiyo.web import create_app
 from tests.conftest import DEADLINE, ROOT, settings_for
@@ -221,6 +222,24 @@ def test_each_test_finds_the_tables_as_they_were_made(
     kamiyo_database.bring_back("here")
     assert kamiyo_database.fetch("SELECT credits, doubled, plan FROM accounts") == [(0, 0, "gold")]
     assert kamiyo_database.fetchval("SELECT count(*) FROM webhook_events") == len(story)
+
+
+async def test_letting_the_time_pass_waits_for_no_worker_that_is_just_claiming(kamiyo_database: Database) -> None:
+    kamiyo_database.execute(
+        "INSERT INTO webhook_events (event_id, event_type, stripe_created, lane, status, failed_at, next_try_at) "
+        "SELECT 'evt_' || n, 'x', now(), n, 'failed', now(), now() + interval '1 hour' FROM generate_series(1, 2) AS n"
+    )
+    db, worker = await asyncpg.connect(kamiyo_database.url), await asyncpg.connect(kamiyo_database.url)
+    # In the middle of its claim it has one of them, and comes to the other next.
+    async with worker.transaction():
+        await worker.execute("SELECT FROM webhook_events WHERE event_id = 'evt_2' FOR UPDATE")
+        async with asyncio.timeout(DEADLINE):
+            await db.execute(load_queries("testing/testing.sql")["let_time_pass"], 3600.0)
+        await worker.execute("SELECT FROM webhook_events FOR UPDATE")
+    due = await db.fetch("SELECT event_id FROM webhook_events WHERE next_try_at <= now()")
+    assert [event_id for (event_id,) in due] == ["evt_1"]
+    await db.close()
+    await worker.close()
 
 
 def test_the_environment_is_the_kits_while_a_test_has_the_database_and_nobody_is_in_reach(

@@ -22,6 +22,7 @@ from kamiyo.stripe_api import StripeApi
 from kamiyo.web import create_app
 from kamiyo.worker import Worker
 from tests.conftest import (
+    DEADLINE,
     ROOT,
     SECRET,
     Log,
@@ -843,6 +844,51 @@ async def test_what_was_read_for_a_thin_event_that_its_twin_left_nothing_to_do_s
     row = (await billing(db))["customers", "cus_1"]
     assert (row["order_evidence"], row["metadata"]) == ("decided", {})
     assert stripe.paths == ["/v1/customers/cus_1"], "what it has said already is not asked for again"
+
+
+@pytest.mark.parametrize("answer", [200, 500, 403, 400])
+async def test_a_reader_waits_for_no_worker_that_is_just_claiming_what_it_reads(
+    answer: int, db: Connection, database_url: str, settings: MakeSettings, stripe: StripeServer
+) -> None:
+    ada = example("customer", id="cus_1")
+    stripe.show(ada)
+    stripe.faults = [answer]
+    names = [f"evt_65{number}" for number in range(3)]
+    await put(db, *(thin_json("v1.customer.updated", ada, name) for name in names))
+    async with house(database_url, settings, stripe) as here:
+        await here.worker.run_once(db)
+        # An hour later a worker looks at them as well. In the middle of its claim it has the last of them, and comes to
+        # the others next.
+        await due_now(db)
+        async with db.transaction():
+            await db.execute("SELECT FROM webhook_events WHERE event_id = 'evt_652' FOR UPDATE")
+            async with asyncio.timeout(DEADLINE):
+                assert await here.reader.run_once() == 1
+                here.reader._taken["cus_1", "", False] = names
+                await here.reader.renew()
+            await db.execute("SELECT FROM webhook_events FOR UPDATE")
+    assert len(stripe.paths) == 1
+    died = {"evt_650", "evt_651"} if answer == 400 else set()
+    assert {name for name, status in (await statuses(db)).items() if status == "failed"} == died
+    assert {"evt_652"} <= set(await waiting(db)) == set(names) - died
+
+
+async def test_a_reader_waits_for_no_worker_that_is_just_claiming_what_its_twin_has_told(
+    db: Connection, database_url: str, settings: MakeSettings, stripe: StripeServer
+) -> None:
+    snapshot, thin = pair("invoice.paid", example("invoice", id="in_1", status="paid"))
+    async with house(database_url, settings, stripe) as here:
+        await put(db, thin)
+        await here.worker.run_once(db)
+        await put(db, snapshot)
+        await here.worker.run_once(db)
+        await db.execute("UPDATE webhook_events SET read_try_at = now() + interval '1 hour' WHERE read_due_at <= now()")
+        async with db.transaction():
+            await db.execute("SELECT FROM webhook_events WHERE event_id = 'evt_65thin' FOR UPDATE")
+            async with asyncio.timeout(DEADLINE):
+                assert await here.reader.run_once() == 0
+        assert await here.reader.run_once() == 1
+    assert await waiting(db) == []
 
 
 async def test_two_readers_read_nothing_twice(

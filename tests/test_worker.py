@@ -11,11 +11,12 @@ import asyncpg
 import pytest
 
 from kamiyo import database, inbox
-from kamiyo.database import Connection
+from kamiyo.database import Connection, listening
 from kamiyo.event import Event
 from kamiyo.handlers import Bury, Registry, Retry
 from kamiyo.inbox import Filters
 from kamiyo.postgres import temporary_postgres
+from kamiyo.rebuild import rebuild
 from kamiyo.worker import MOST_HANDLED_TOGETHER, Worker
 from tests.conftest import DEADLINE, Log, MakeSettings, event_json, fresh_id, settled, until
 from tests.turns import (
@@ -691,6 +692,31 @@ async def test_a_death_is_recorded_even_when_the_one_who_finds_it_dies_as_well(
     assert (failure["error_type"], failure["retry_count"]) == ("WorkerDied", 1)
 
 
+async def test_while_the_tables_are_made_again_events_wait_however_long_it_takes_and_none_has_failed(
+    shop: Connection, other: Connection, database_url: str, own: Registry, make_worker: MakeWorker
+) -> None:
+    own.on("customer.updated")(leave_effect)
+    worker = await make_worker()
+    customers = [example("customer", id=f"cus_{number}") for number in range(3)]
+    await put(shop, *(event_json(f"evt_{one['id']}", "customer.updated", one, created=NOW) for one in customers))
+    # As patient as a worker's connection, whose patience ends while the rebuild waits for a lock of the test's.
+    pool = await database.open_pool(database_url, size=1, application="test impatient", idle_limit=1)
+    async with other.transaction():
+        await other.execute("LOCK TABLE webhook_reads")
+        rebuilding = asyncio.create_task(rebuild(shop))
+        waiting = "SELECT count(*) FROM pg_locks WHERE relation = 'webhook_reads'::regclass AND NOT granted"
+        await until(lambda: other.fetchval(waiting))
+        async with pool.acquire() as db:
+            assert await worker.run_once(db) == 3
+        assert set((await statuses(other)).values()) == {"pending"}
+        assert await other.fetchval("SELECT count(*) FROM webhook_failures") == 0
+    await rebuilding
+    assert await work_off(worker, shop) == 3
+    assert await effects(shop) == {f"evt_{one['id']}": 1 for one in customers}
+    assert await shop.fetchval("SELECT max(attempts) FROM webhook_events") == 1
+    await pool.close()
+
+
 # ── Running, stopping ───────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -721,6 +747,64 @@ async def test_a_running_worker_hears_of_events_tries_them_again_in_time_and_sto
         event = await settled(shop, "evt_1", "processed")
     assert event["attempts"] == 3
     assert await effects(shop) == {"evt_1": 1}
+
+
+async def test_what_becomes_due_while_the_only_hand_is_just_looking_is_taken_at_once(
+    shop: Connection,
+    other: Connection,
+    database_url: str,
+    settings: MakeSettings,
+    own: Registry,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("kamiyo.worker._LOOK_EVERY_SECONDS", 3600.0)
+    monkeypatch.setattr("kamiyo.worker._REST_SECONDS", 3600.0)
+    # Between looking for what is due and locking a lane it waits for a lock of the test's.
+    await shop.execute(
+        "CREATE FUNCTION shop.pg_try_advisory_lock(class integer, lane integer) RETURNS boolean LANGUAGE sql AS "
+        "'SELECT pg_advisory_xact_lock_shared(99); SELECT pg_catalog.pg_try_advisory_lock(class, lane)'"
+    )
+    slow = f"{database_url}{'&' if '?' in database_url else '?'}search_path=shop,pg_catalog,public"
+    worker = await worker_on(slow, settings(KAMIYO_WORKER_CONCURRENCY=1), own)
+    await put(shop, of("cus_0", "evt_0"))
+    await inbox.claim(other, 1)
+    await shop.execute("SELECT pg_advisory_lock(99)")
+    async with running(worker):
+        await until(lambda: shop.fetchval("SELECT count(*) FROM pg_locks WHERE objid = 99 AND NOT granted"))
+
+        async def heard(times: int) -> bool:
+            return worker._missed >= times
+
+        await until(lambda: heard(1))  # it looks once more as soon as it can be told
+        await put(shop, of("cus_1", "evt_1"))
+        await until(lambda: heard(2))
+        await shop.execute("SELECT pg_advisory_unlock(99)")
+        await settled(shop, "evt_1", "processed", within=20)
+
+
+async def test_a_worker_whose_hands_are_full_calls_others_for_whatever_comes_even_just_after_it_has_called(
+    shop: Connection, database_url: str, own: Registry, make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kamiyo.worker._LOOK_EVERY_SECONDS", 3600.0)
+    entered, calls = asyncio.Event(), list[int]()
+
+    @own.on("invoice.paid")
+    async def handler(event: Event, db: Connection) -> None:
+        entered.set()
+        await asyncio.Event().wait()
+
+    worker = await make_worker(KAMIYO_WORKER_CONCURRENCY=1)
+    await put(shop, of("cus_1", "evt_1"))
+    async with running(worker):
+        await entered.wait()
+        async with listening(database_url, lambda: calls.append(1)):
+            for times in (1, 2, 3):
+                worker.wake()
+
+                async def called(times: int = times) -> bool:
+                    return len(calls) >= times
+
+                await until(called, within=20)
 
 
 async def test_a_stopping_worker_finishes_what_it_handles_and_gives_the_rest_back_untried(

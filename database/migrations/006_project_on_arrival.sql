@@ -1,5 +1,5 @@
 -- How a row's rank is read in SQL. The function that stores and projects in one commit, webhook_receive(), stood here; it is in
--- 020_thin_events.sql.
+-- 024_late_copies.sql.
 
 BEGIN;
 

@@ -1,5 +1,5 @@
 -- Who has a worker of its own wakes that one without a notice. The function that claims, webhook_claim(), stood here; it is in
--- 022_claim_in_place.sql.
+-- 025_claim_in_its_lane.sql.
 
 BEGIN;
 
