@@ -37,6 +37,8 @@ from kamiyo.postgres import EmbeddedPostgres
 heard, tell = socket.socketpair()
 tell.setblocking(False)
 signal.set_wakeup_fd(tell.fileno())
+# Whoever runs the tests in the background may have it ignored; a terminal's programs have not.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with EmbeddedPostgres.start(Path(sys.argv[1]), durable=False) as server:
     try:
         print(server.pid, server.url, flush=True)
