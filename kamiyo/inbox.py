@@ -460,7 +460,7 @@ async def prune_tombstones(db: Connection) -> None:
 async def listed(
     db: Connection, filters: Filters, *, before: tuple[datetime, int] | None = None, limit: int = 50
 ) -> list[asyncpg.Record]:
-    """Events newest first, a page of `limit`, below the position `before` (created_at, seq)."""
+    """Events newest first, `limit` of them, below the position `before` (created_at, seq), each with its last error."""
     async with db.transaction(readonly=True):
         # The filters are optional parameters: a plan made once for all of them would scan.
         await db.execute("SET LOCAL plan_cache_mode = force_custom_plan")
@@ -473,11 +473,6 @@ async def one(db: Connection, event_id: str) -> tuple[asyncpg.Record, list[async
     if row is None:
         raise EventUnknown(f"Event not found: {event_id}")
     return row, await db.fetch(_SQL["failures_of"], event_id)
-
-
-async def last_errors(db: Connection, event_ids: Sequence[str]) -> dict[str, str]:
-    """The type of the last error of each of these events that ever had one."""
-    return {event_id: error_type for event_id, error_type in await db.fetch(_SQL["last_errors"], event_ids)}
 
 
 async def failed(db: Connection, limit: int) -> list[asyncpg.Record]:

@@ -193,29 +193,36 @@ WITH again AS (
 SELECT event_id, pg_notify('webhook_events', '') FROM again;
 
 -- name: list
--- Newest first; every filter may be null. $1 is a status, or 'retrying' or 'dead', the two kinds of failed, or 'unread', a
--- kind of pending. The conditions that only repeat a filter name the partial index that serves it; failed is asked for by
--- failed_at alone, which says the same (a check holds it).
-SELECT seq, event_id, event_type, status, outcome, created_at, stripe_created, processed_at, next_try_at, attempts,
-       processing_us, object_type, object_id, customer, account, context, livemode, api_version, thin, source, read_due_at
-FROM webhook_events
-WHERE CASE WHEN $1::text IS NULL THEN true
-           WHEN $1 IN ('failed', 'retrying', 'dead') THEN failed_at IS NOT NULL
-           WHEN $1 = 'unread' THEN read_due_at IS NOT NULL
-           ELSE status = $1 END
-  AND ($1 IS NULL OR $1 NOT IN ('pending', 'processing', 'retrying') OR next_try_at IS NOT NULL)
-  AND ($1 IS DISTINCT FROM 'dead' OR next_try_at IS NULL)
-  AND ($2::text IS NULL OR event_type = $2)
-  AND ($3::text IS NULL OR customer = $3)
-  AND ($4::text IS NULL OR object_id = $4)
-  AND ($5::text IS NULL OR account = $5)
-  AND ($6::text IS NULL OR context = $6 AND context <> '')
-  AND ($7::boolean IS NULL OR livemode = $7)
-  AND ($8::timestamptz IS NULL OR created_at >= $8)
-  AND ($9::timestamptz IS NULL OR created_at < $9)
-  AND ($10::timestamptz IS NULL OR (created_at, seq) < ($10, $11::bigint))
-ORDER BY created_at DESC, seq DESC
-LIMIT $12;
+-- Newest first, below the position ($10, $11); every filter may be null. $1 is a status, or 'retrying' or 'dead', the two
+-- kinds of failed, or 'unread', a kind of pending. The conditions that only repeat a filter name the partial index that
+-- serves it; failed is asked for by failed_at alone, which says the same (a check holds it): asked for twice, the planner
+-- would believe that half as many are left. error_type is that of the last try, where it failed.
+SELECT e.*, f.error_type FROM (
+    SELECT seq, event_id, event_type, status, outcome, created_at, stripe_created, processed_at, failed_at, next_try_at,
+           attempts, processing_us, object_type, object_id, customer, account, context, livemode, api_version, thin, source,
+           read_due_at
+    FROM webhook_events
+    WHERE CASE WHEN $1::text IS NULL THEN true
+               WHEN $1 IN ('failed', 'retrying', 'dead') THEN failed_at IS NOT NULL
+               WHEN $1 = 'unread' THEN read_due_at IS NOT NULL
+               ELSE status = $1 END
+      AND ($1 IS NULL OR $1 NOT IN ('pending', 'processing', 'retrying') OR next_try_at IS NOT NULL)
+      AND ($1 IS DISTINCT FROM 'dead' OR next_try_at IS NULL)
+      AND ($2::text IS NULL OR event_type = $2)
+      AND ($3::text IS NULL OR customer = $3)
+      AND ($4::text IS NULL OR object_id = $4)
+      AND ($5::text IS NULL OR account = $5 AND ($5 = '' OR account <> ''))
+      AND ($6::text IS NULL OR context = $6 AND context <> '')
+      AND ($7::boolean IS NULL OR livemode = $7)
+      AND ($8::timestamptz IS NULL OR created_at >= $8)
+      AND ($9::timestamptz IS NULL OR created_at < $9)
+      AND ($10::timestamptz IS NULL OR (created_at, seq) < ($10, $11::bigint))
+    ORDER BY created_at DESC, seq DESC
+    LIMIT $12
+) AS e
+LEFT JOIN LATERAL (SELECT error_type FROM webhook_failures
+                   WHERE event_id = e.event_id AND e.failed_at IS NOT NULL ORDER BY id DESC LIMIT 1) AS f ON true
+ORDER BY e.created_at DESC, e.seq DESC;
 
 -- name: count_matching
 -- How many events a replay would run again: processed ones, or failed ones, or of these the retrying or the dead alone.
@@ -281,11 +288,6 @@ SELECT status FROM webhook_events WHERE event_id = $1;
 -- name: failures_of
 SELECT id, created_at, retry_count, next_try_at, error_type, error_message, traceback, fingerprint
 FROM webhook_failures WHERE event_id = $1 ORDER BY id;
-
--- name: last_errors
--- The type of the last error of each of these events that ever had one.
-SELECT DISTINCT ON (event_id) event_id, error_type FROM webhook_failures
-WHERE event_id = ANY ($1::text[]) ORDER BY event_id, id DESC;
 
 -- name: failed
 -- Failed events, newest first, each with its last error.

@@ -354,7 +354,7 @@ async def test_the_list_has_an_index_for_each_filter_and_reads_little_more_than_
     wanted, before, index = _LISTS[filters]
     nodes = await plan(ledger, _SQL["list"], *wanted.values(), *(before or (None, None)), 20, mode="force_custom_plan")
     assert scanned(nodes) == set()
-    used = indexes(nodes)
+    used = indexes(nodes) - {"webhook_failures_event"}  # where what is shown has its last error looked up
     assert used == {index} if index else used
     assert sum(rows_read(nodes, one) for one in used) <= 100
 

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, TypeVar
 
@@ -108,12 +108,7 @@ def list_events(
     """List events, newest first, with why each stands as it does."""
     account = "" if account == inbox.OWN else account
     filters = Filters(status, event_type, customer, object_id, account, context, livemode, since, until)
-
-    async def look(db: Connection) -> tuple[Sequence[asyncpg.Record], Mapping[str, str]]:
-        found = await inbox.listed(db, filters, limit=limit)
-        return found, await inbox.last_errors(db, [row["event_id"] for row in found if row["status"] == "failed"])
-
-    rows, errors = _with_database(look)
+    rows = _with_database(lambda db: inbox.listed(db, filters, limit=limit))
     if as_json:
         for row in rows:
             typer.echo(EventSummary(**summary_of(row)).model_dump_json())
@@ -130,7 +125,7 @@ def list_events(
             row["event_type"],
             _coloured(row),
             str(row["attempts"]),
-            Text(_why(row, errors)),
+            Text(_why(row)),
             row["object_id"] or "",
             row["customer"] or "",
             *whose,
@@ -141,12 +136,12 @@ def list_events(
         console.print("no events")
 
 
-def _why(row: asyncpg.Record, errors: Mapping[str, str]) -> str:
+def _why(row: asyncpg.Record) -> str:
     state = inbox.state_of(row)
     if state is State.unread:
         return "waits for Stripe"
     if state in (State.retrying, State.dead):
-        error = errors.get(row["event_id"], "failed").rpartition(".")[2]
+        error = (row["error_type"] or "failed").rpartition(".")[2]
         return error if state is State.dead else f"{error}, again {row['next_try_at']:%H:%M:%S}"
     return row["outcome"] or ""
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kamiyo import alerts, database
+from kamiyo import alerts, database, inbox
 from kamiyo.database import Connection
 from kamiyo.web import create_app
 from kamiyo.web.dashboard import queries
@@ -93,8 +93,8 @@ async def plan(db: Connection, name: str, *values: Any) -> str:
     """How PostgreSQL answers a question of the dashboard, as text."""
     async with db.transaction(readonly=True):
         await queries.limit(db, 5)
-        of_alerts = name.removeprefix("alerts: ")
-        query = queries._SQL[name] if of_alerts == name else alerts._SQL[of_alerts]
+        whose, _, question = name.rpartition(": ")
+        query = {"": queries._SQL, "alerts": alerts._SQL, "inbox": inbox._SQL}[whose][question]
         return "\n".join(line for (line,) in await db.fetch("EXPLAIN " + query, *values))
 
 
@@ -108,7 +108,7 @@ def narrowed(search: Search) -> str:
 async def test_a_page_of_events_is_found_by_an_index_whatever_it_is_narrowed_to(
     search: Search, ledger: Connection
 ) -> None:
-    for name, at in (("events", (None, None)), ("events", position()), ("newer_events", position())):
+    for name, at in (("inbox: list", (None, None)), ("inbox: list", position()), ("newer_events", position())):
         found = await plan(ledger, name, *search.values(), *at, queries.PAGE + 1)
         assert "Seq Scan on webhook" not in found, found
         assert "Scan" in found
@@ -156,7 +156,7 @@ _QUESTIONS: list[tuple[str, tuple[Any, ...]]] = [
 
 #: Questions to small tables of their own, and statements that are none.
 _SMALL = {
-    *("events", "newer_events", "limits"),  # asked above, and a setting
+    *("newer_events", "limits"),  # asked above, and a setting
     *("backlog", "sample_backlog", "by_hand", "begin_replay", "tell_replay", "end_replay", "replay"),
     *(f"alerts: {name}" for name in ("alone", "open", "close", "close_bursts", "forget_untold")),
     *(f"alerts: {name}" for name in ("told", "told_over", "missed", "stripe_refuses")),

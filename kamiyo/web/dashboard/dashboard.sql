@@ -98,38 +98,8 @@ SELECT kind, id, account, livemode, customer, last_webhook_event_id, last_webhoo
 
 -- ── Events ──────────────────────────────────────────────────────────────────────────────────────────────────
 
--- name: events
--- Newest first, below the position ($10, $11). Every filter may be null; $1 is a status, or 'retrying' or 'dead', the
--- two kinds of failed, or 'unread', a kind of pending. Failed is asked for by failed_at alone, which says the same (a check holds it) and names the
--- partial index: asked for twice, the planner would believe that half as many are left.
-SELECT e.*, f.error_type FROM (
-    SELECT seq, event_id, event_type, status, outcome, created_at, processed_at, failed_at, next_try_at, attempts,
-           processing_us, object_type, object_id, customer, account, livemode, read_due_at
-    FROM webhook_events
-    WHERE CASE WHEN $1::text IS NULL THEN true
-               WHEN $1 IN ('failed', 'retrying', 'dead') THEN failed_at IS NOT NULL
-               WHEN $1 = 'unread' THEN read_due_at IS NOT NULL
-               ELSE status = $1 END
-      AND ($1 IS NULL OR $1 NOT IN ('pending', 'processing', 'retrying') OR next_try_at IS NOT NULL)
-      AND ($1 IS DISTINCT FROM 'dead' OR next_try_at IS NULL)
-      AND ($2::text IS NULL OR event_type = $2)
-      AND ($3::text IS NULL OR customer = $3)
-      AND ($4::text IS NULL OR object_id = $4)
-      AND ($5::text IS NULL OR account = $5 AND ($5 = '' OR account <> ''))
-      AND ($6::text IS NULL OR context = $6 AND context <> '')
-      AND ($7::boolean IS NULL OR livemode = $7)
-      AND ($8::timestamptz IS NULL OR created_at >= $8)
-      AND ($9::timestamptz IS NULL OR created_at < $9)
-      AND ($10::timestamptz IS NULL OR (created_at, seq) < ($10, $11::bigint))
-    ORDER BY created_at DESC, seq DESC
-    LIMIT $12
-) AS e
-LEFT JOIN LATERAL (SELECT error_type FROM webhook_failures
-                   WHERE event_id = e.event_id AND e.failed_at IS NOT NULL ORDER BY id DESC LIMIT 1) AS f ON true
-ORDER BY e.created_at DESC, e.seq DESC;
-
 -- name: newer_events
--- The page above the position ($10, $11), for going back: the same in the other direction, oldest first.
+-- The page above the position ($10, $11), for going back: the list of the inbox in the other direction, oldest first.
 SELECT e.*, f.error_type FROM (
     SELECT seq, event_id, event_type, status, outcome, created_at, processed_at, failed_at, next_try_at, attempts,
            processing_us, object_type, object_id, customer, account, livemode, read_due_at

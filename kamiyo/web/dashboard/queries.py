@@ -190,7 +190,7 @@ async def events(
         rows = await db.fetch(_SQL["newer_events"], *search.values(), *after, size + 1)
         more, rows = len(rows) > size, rows[:size][::-1]
         return Page(rows, _position(rows[0]) if rows and more else None, _position(rows[-1]) if rows else None)
-    rows = await db.fetch(_SQL["events"], *search.values(), *(before or (None, None)), size + 1)
+    rows = await inbox.listed(db, inbox.Filters(*search.values()), before=before, limit=size + 1)
     more, rows = len(rows) > size, rows[:size]
     return Page(
         rows, _position(rows[0]) if rows and before is not None else None, _position(rows[-1]) if more else None
