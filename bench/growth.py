@@ -343,7 +343,7 @@ FROM webhook_events WHERE created_at >= $1
 """
 
 # Counting a long queue takes time the workers should have: whether any are left is known from a few.
-_WAITING = "SELECT count(*) FROM (SELECT FROM webhook_events WHERE next_try_at IS NOT NULL LIMIT $1) AS first"
+_WAITING = "SELECT count(*) FROM (SELECT FROM webhook_unfinished WHERE next_try_at IS NOT NULL LIMIT $1) AS first"
 
 # Claims after number $2 are the workers'. How far an event was processed after its turn, as a share of the backlog; and
 # whether a customer's events were claimed in their order (claims are numbered).

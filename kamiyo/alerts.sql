@@ -8,9 +8,9 @@ SELECT pg_try_advisory_xact_lock(118038671810931);
 -- Dead events by cause: the last failure of each, grouped by fingerprint. Bounded: beyond ten thousand the count
 -- says "many" as well as any other number.
 WITH dead AS (
-    SELECT event_id, event_type, failed_at FROM webhook_events
-    WHERE failed_at IS NOT NULL AND next_try_at IS NULL
-    ORDER BY created_at DESC, seq DESC LIMIT 10000
+    SELECT event_id, e.event_type, e.failed_at
+    FROM (SELECT event_id FROM webhook_unfinished WHERE next_try_at IS NULL ORDER BY created_at DESC, seq DESC LIMIT 10000) AS u
+    JOIN webhook_events AS e USING (event_id)
 )
 SELECT f.fingerprint, f.error_type, count(*) AS count, min(d.failed_at) AS first, max(d.failed_at) AS last,
        (array_agg(d.event_id ORDER BY d.failed_at DESC))[1] AS example,
@@ -29,8 +29,8 @@ WHERE failed >= 5 AND failed > 0.2 * (processed + failed);
 -- name: overdue
 -- How long the oldest due event has waited, in seconds, which it is, and how many are due (10000: as many, or more).
 SELECT event_id, extract(epoch FROM now() - next_try_at)::float8 AS seconds,
-       (SELECT count(*) FROM (SELECT FROM webhook_events WHERE next_try_at <= now() LIMIT 10000) AS due) AS due
-FROM webhook_events
+       (SELECT count(*) FROM (SELECT FROM webhook_unfinished WHERE next_try_at <= now() LIMIT 10000) AS due) AS due
+FROM webhook_unfinished
 WHERE next_try_at IS NOT NULL ORDER BY next_try_at, seq LIMIT 1;
 
 -- name: reads_overdue

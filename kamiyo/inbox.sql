@@ -148,7 +148,7 @@ WHERE pg_try_advisory_xact_lock(1800433, hashtext(occurrence));
 
 -- name: next_due
 -- Seconds until something is due; null when nothing waits.
-SELECT extract(epoch FROM min(next_try_at) - now())::float8 FROM webhook_events WHERE next_try_at IS NOT NULL;
+SELECT extract(epoch FROM min(next_try_at) - now())::float8 FROM webhook_unfinished WHERE next_try_at IS NOT NULL;
 
 -- name: of_second
 -- All events of one object within one of Stripe's seconds, processed or not: what a tie is decided by.
@@ -341,7 +341,7 @@ FROM webhook_counts_since(now() - make_interval(days => $1)) ORDER BY received D
 -- Stripe, seconds since the oldest of those was due, and how asking goes (a circuit that nobody has tried for five minutes
 -- says nothing); events that are dead.
 SELECT (SELECT coalesce(sum(received - processed - failed), 0) FROM webhook_counts_since('-infinity'))::bigint AS backlog,
-       coalesce(greatest((SELECT extract(epoch FROM now() - min(next_try_at)) FROM webhook_events
+       coalesce(greatest((SELECT extract(epoch FROM now() - min(next_try_at)) FROM webhook_unfinished
                           WHERE next_try_at IS NOT NULL), 0), 0)::float8 AS oldest_due_seconds,
        (SELECT count(*) FROM (SELECT FROM webhook_events WHERE read_due_at IS NOT NULL LIMIT 100000) AS waiting)::bigint
            AS waiting_reads,
@@ -349,8 +349,7 @@ SELECT (SELECT coalesce(sum(received - processed - failed), 0) FROM webhook_coun
                           WHERE read_due_at IS NOT NULL), 0), 0)::float8 AS oldest_unread_seconds,
        coalesce((SELECT (opened_at IS NOT NULL)::int FROM webhook_api_budget
                  WHERE open_until > now() - interval '5 minutes'), 0) AS circuit_open,
-       (SELECT count(*) FROM (SELECT FROM webhook_events WHERE failed_at IS NOT NULL AND next_try_at IS NULL
-                              LIMIT 100000) AS dead)::bigint AS dead,
+       (SELECT count(*) FROM (SELECT FROM webhook_unfinished WHERE next_try_at IS NULL LIMIT 100000) AS dead)::bigint AS dead,
        coalesce((SELECT sum(greatest(missed, found)) FROM webhook_reconciliation
                  WHERE heard_at > now() - interval '1 day'), 0)::bigint AS missed;
 

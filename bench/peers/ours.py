@@ -70,7 +70,7 @@ class Ours(Peer):
         return Counts(row["stored"], row["processed"], tuple(wrong))
 
     async def waiting(self, db: Connection) -> int:
-        return int(await db.fetchval("SELECT count(*) FROM webhook_events WHERE next_try_at IS NOT NULL"))
+        return int(await db.fetchval("SELECT count(*) FROM webhook_unfinished WHERE next_try_at IS NOT NULL"))
 
     async def delay(self, db: Connection) -> tuple[float, float] | None:
         if not self.processes:

@@ -8,19 +8,19 @@ SELECT set_config('statement_timeout', $1, true), set_config('plan_cache_mode', 
 
 -- name: dead
 -- How many events are dead, up to $1.
-SELECT count(*) FROM (SELECT FROM webhook_events WHERE failed_at IS NOT NULL AND next_try_at IS NULL LIMIT $1) AS dead;
+SELECT count(*) FROM (SELECT FROM webhook_unfinished WHERE next_try_at IS NULL LIMIT $1) AS dead;
 
 -- ── Overview ────────────────────────────────────────────────────────────────────────────────────────────────
 
 -- name: standing
 -- How things stand now, one row. Counts go up to $1.
 WITH queue AS (
-    SELECT count(*) FILTER (WHERE failed_at IS NULL) AS waiting, count(failed_at) AS retrying,
-           min(next_try_at) FILTER (WHERE failed_at IS NOT NULL) AS next_retry_at
-    FROM (SELECT failed_at, next_try_at FROM webhook_events WHERE next_try_at IS NOT NULL
+    SELECT count(*) FILTER (WHERE NOT failed) AS waiting, count(*) FILTER (WHERE failed) AS retrying,
+           min(next_try_at) FILTER (WHERE failed) AS next_retry_at
+    FROM (SELECT failed, next_try_at FROM webhook_unfinished WHERE next_try_at IS NOT NULL
           ORDER BY next_try_at LIMIT $1) AS waiting
 ), oldest AS (
-    SELECT event_id, next_try_at FROM webhook_events WHERE next_try_at IS NOT NULL ORDER BY next_try_at, seq LIMIT 1
+    SELECT event_id, next_try_at FROM webhook_unfinished WHERE next_try_at IS NOT NULL ORDER BY next_try_at, seq LIMIT 1
 ), latest AS (
     SELECT created_at, processed_at FROM webhook_events ORDER BY created_at DESC, seq DESC LIMIT 1000
 )
