@@ -1,7 +1,7 @@
 """From bytes and a header to a receipt: verify, read, store; acknowledged only after the commit.
 
-The group commit lives here. All deliveries that wait share one INSERT and one commit; while that is on its way the
-next group gathers. So an idle system commits one event at once, and a busy one hundreds for the price of one.
+The group commit lives here. Deliveries that wait share one INSERT and one commit; while that is on its way the next
+group gathers. So an idle system commits one event at once, and a busy one hundreds for the price of one.
 """
 
 import asyncio
@@ -28,6 +28,9 @@ from kamiyo.telemetry import happened, happened_to_each
 
 #: Events in one commit, at most: enough to spread its cost thin, few enough to keep a commit short.
 MOST_PER_COMMIT = 500
+
+#: Fewer are not worth sharing out over two commits.
+FEW = 8
 
 #: Bytes of bodies that may wait for their commit in one process; beyond it deliveries are answered 503.
 MOST_BYTES_WAITING = 64 * 1024 * 1024
@@ -96,6 +99,8 @@ class Receiver:
         self._patience = min(20.0, (settings.handler_timeout + settings.idle_limit) / 2)
         self._waiting: list[_Waiting] = []
         self._committing: Sequence[_Waiting] = ()
+        # How many the last group was.
+        self._answering = 0
         self._bytes_waiting = 0
         self._overdue: asyncio.TimerHandle | None = None
         self._wake = asyncio.Event()
@@ -248,7 +253,7 @@ class Receiver:
         while True:
             if not self._waiting and (self._closing or not await self._until_waiting(self._patience)):
                 return
-            group = self._committing = self._take()
+            group = self._committing = self._take(self._half())
             if not group:
                 continue
             try:
@@ -277,14 +282,21 @@ class Receiver:
                 await self._wake.wait()
         return bool(self._waiting) or self._closing
 
-    def _take(self) -> list[_Waiting]:
-        group, self._waiting = self._waiting[:MOST_PER_COMMIT], self._waiting[MOST_PER_COMMIT:]
+    def _half(self) -> int:
+        # The last group's senders are answered now, and come again while the next one is on its way. Where one of the
+        # two is large and the other small, PostgreSQL waits for this process, and then this process for PostgreSQL;
+        # half of both together keeps both at work.
+        return min(MOST_PER_COMMIT, max(FEW, -(-(len(self._waiting) + self._answering) // 2)))
+
+    def _take(self, most: int = MOST_PER_COMMIT) -> list[_Waiting]:
+        group, self._waiting = self._waiting[:most], self._waiting[most:]
         if group and any(waiting.source != group[0].source for waiting in group):
             # One commit for each source that is busy at the moment: its name is a parameter of the whole statement.
             others = [waiting for waiting in group if waiting.source != group[0].source]
             group = [waiting for waiting in group if waiting.source == group[0].source]
             self._waiting = others + self._waiting
         self._bytes_waiting -= sum(len(waiting.event.body) for waiting in group)
+        self._answering = len(group)
         return group
 
     async def _commit(self, db: Connection, group: Sequence[_Waiting]) -> None:

@@ -190,6 +190,16 @@ async def test_deliveries_that_wait_share_a_commit(receiver: Receiver, db: Conne
     assert len(commits) <= 3
 
 
+async def test_of_many_that_wait_half_goes_ahead_so_that_neither_we_nor_postgresql_wait_for_the_other(
+    database_url: str, db: Connection
+) -> None:
+    async with opened(database_url, running=False) as receiver:
+        many = [receive(receiver, event_json(f"evt_{n}", HANDLED)) for n in range(40)]
+        await asyncio.gather(*many, commit(receiver))
+    commits = await db.fetch("SELECT count(*) FROM webhook_events GROUP BY created_at ORDER BY created_at")
+    assert [count for (count,) in commits] == [20, 20]
+
+
 async def test_the_same_event_over_two_connections_at_once_is_stored_once_and_both_are_told_the_truth(
     database_url: str, db: Connection
 ) -> None:

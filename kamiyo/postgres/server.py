@@ -39,6 +39,8 @@ DEFAULTS: Final[Mapping[str, str]] = {
     "shared_buffers": "256MB",
     # The one method that this build has is pglz, which takes longer than writing the page: docs/decisions/0030.
     "wal_compression": "off",
+    # Segments that were made are used again. A new one is 16 MB of zeros, in whose time nobody commits.
+    "min_wal_size": "1GB",
     "random_page_cost": "1.1",
     # Every query here is short: compiling one costs more than it saves.
     "jit": "off",
