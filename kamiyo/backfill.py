@@ -34,6 +34,10 @@ COLLECTIONS = TABLES
 # A long run outlives a longer absence of Stripe's than an event's read does.
 _PATIENCE_SECONDS = 600.0
 
+# Objects that go in by one transaction. Each takes two lanes, and PostgreSQL's table of locks is everybody's: the cards
+# of a hundred customers are not bounded by a page.
+_AT_ONCE = 500
+
 # How soon a page that met a held lane is tried again: a handler may take its time.
 _LANE_SECONDS = (0.02, 1.0)
 
@@ -141,12 +145,13 @@ class _Run:
         return found
 
     async def _take_in(self, found: Sequence[Read], oldest: int | None, last: bool) -> int:
-        # In pieces only where a worker holds a lane: what is in is in, and the page counts when all of it is.
-        waiting, wait = found, _LANE_SECONDS[0]
+        # In pieces: what is in is in, and the page counts when all of it is. What meets a lane in a worker's hands
+        # comes again, behind the others.
+        waiting, wait = list(found), _LANE_SECONDS[0]
         while True:
             async with self.pool.acquire(timeout=10) as db, db.transaction():
-                applied = await reads.apply(db, waiting)
-                waiting = applied.held_up
+                applied = await reads.apply(db, waiting[:_AT_ONCE])
+                waiting = waiting[_AT_ONCE:] + applied.held_up
                 objects: int | None = None
                 if not waiting:
                     objects = await db.fetchval(
@@ -162,8 +167,9 @@ class _Run:
                 happened("object_unreadable", object_type=read.object_type, object_id=read.object_id)
             if objects is not None:
                 return objects
-            await asyncio.sleep(wait)
-            wait = min(wait * 2, _LANE_SECONDS[1])
+            if applied.held_up:
+                await asyncio.sleep(wait)
+                wait = min(wait * 2, _LANE_SECONDS[1])
 
     def _read(self, one: dict[str, Any], page: Reply) -> Read:
         # `ensure_ascii` also for half a surrogate pair, which JSON allows and UTF-8 does not.

@@ -15,6 +15,7 @@ import base64
 import binascii
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +78,19 @@ def from_eventgrid(body: bytes) -> list[bytes] | Validation:
     Raises PayloadError for what is neither a JSON object nor a list of JSON, for an empty list, and for a question
     without its code.
     """
+    items = _items(body)
+    return _question(items) or [_event(item) for item in items]
+
+
+def question(body: bytes) -> Validation | None:
+    """The question whether this is the place, if a delivery of Event Grid is that. Nothing else of it is looked at.
+
+    Raises PayloadError as `from_eventgrid` does.
+    """
+    return _question(_items(body))
+
+
+def _items(body: bytes) -> list[bytes]:
     _must_be_text(body)
     try:
         items = [bytes(item) for item in _read_list(body)] if body.lstrip()[:1] == b"[" else [body]
@@ -86,10 +100,12 @@ def from_eventgrid(body: bytes) -> list[bytes] | Validation:
         items = [_written(item) for item in found] if isinstance(found, list) else [body]
     if not 0 < len(items) <= MOST_EVENTS:
         raise PayloadError
+    return items
+
+
+def _question(items: Sequence[bytes]) -> Validation | None:
     first = _item(items[0])
-    if first is not None and first.eventType == _VALIDATION:
-        return Validation(_code(first))
-    return [_event(item) for item in items]
+    return Validation(_code(first)) if first is not None and first.eventType == _VALIDATION else None
 
 
 def may_deliver(origin: str) -> bool:

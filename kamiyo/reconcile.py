@@ -11,6 +11,7 @@ can appear in the list a little late.
 """
 
 import asyncio
+import json
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -20,11 +21,11 @@ import asyncpg
 import msgspec
 
 from kamiyo import handlers, inbox, mirror, projections
-from kamiyo.database import DATABASE_ERRORS, Connection, Pool, load_queries
+from kamiyo.database import Connection, Pool, load_queries
 from kamiyo.errors import KamiyoError, PayloadError
 from kamiyo.event import Event, filed, parse
 from kamiyo.handlers import Registry
-from kamiyo.stripe_api import StripeApi, StripeError, StripeGone, StripeRefused
+from kamiyo.stripe_api import StripeApi, StripeGone, StripeRefused
 from kamiyo.telemetry import happened
 
 _SQL = load_queries("reconcile.sql")
@@ -42,8 +43,6 @@ FIRST_SECONDS = 72 * 3600
 _TELL_EVERY_SECONDS = 30.0
 # Between two connected accounts, so that thousands of them leave most of the requests' budget to others.
 _PACE_SECONDS = 0.2
-
-_NOT_NOW: tuple[type[BaseException], ...] = (*DATABASE_ERRORS, StripeError)
 
 _encode = msgspec.json.Encoder().encode
 
@@ -140,7 +139,8 @@ async def keep_reconciling(
     while True:
         try:
             await reconcile(pool, api, own_account=own_account, mirrored=mirrored, at_least_every=EVERY_SECONDS)
-        except _NOT_NOW as error:
+        except Exception as error:
+            # One that nobody thought of as well: it must not end what fetches all that was never delivered.
             happened("reconcile_failed", error=type(error).__name__)
         # Shorter than the interval: the process whose turn it was may have gone.
         await asyncio.sleep(rng.uniform(0.9, 1.1) * EVERY_SECONDS / 5)
@@ -281,10 +281,18 @@ class _Comparison:
         # Asked for in an account's name, Stripe's list leaves out whose it is; a delivery says so.
         whole = said if said.get("account") or not self.account else {**said, "account": self.account}
         try:
-            event = parse(msgspec.json.format(_encode(whole), indent=2), received=time.time())
+            event = parse(_written(whole), received=time.time())
         except PayloadError:
             return None
         return filed(event, own=self.own_account)
+
+
+def _written(said: dict[str, object]) -> bytes:
+    try:
+        return msgspec.json.format(_encode(said), indent=2)
+    except (ValueError, OverflowError, RecursionError):
+        # Half a surrogate pair, say: JSON has a way to write it, UTF-8 has none.
+        return json.dumps(said, ensure_ascii=True, indent=2).encode()
 
 
 def _wanted(event: Event, registry: Registry, mirrored: frozenset[str]) -> bool:

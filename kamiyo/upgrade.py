@@ -88,7 +88,8 @@ class TypeReport:
         """Whether a switch would change what Kamiyo makes of this type, or something is missing to say so."""
         refused = any(side == "shadow" for side, _ in self.unreadable)
         missing = self.without_twin.count or (self.without_real.count and self.only is None)
-        return bool(self.differing or refused or missing)
+        untold = self.not_compared.count and not self.pairs
+        return bool(self.differing or refused or missing or untold)
 
 
 @dataclass

@@ -40,9 +40,12 @@ async def watching(limit: float) -> AsyncIterator[None]:
             # gets the time to catch up.
             paused, checked = now - checked > limit / 2, now
             if not paused and now - beat > limit:
-                happened("event_loop_stuck", seconds=round(now - beat, 1))
-                faulthandler.dump_traceback(sys.stderr)
-                os._exit(EXIT_STATUS)
+                try:
+                    happened("event_loop_stuck", seconds=round(now - beat, 1))
+                    faulthandler.dump_traceback(sys.stderr)
+                finally:
+                    # Also where standard error is no file that the place could be written to: a host's own stream.
+                    os._exit(EXIT_STATUS)
 
     task = asyncio.create_task(pulse())
     thread = threading.Thread(target=watch, name="kamiyo watchdog", daemon=True)

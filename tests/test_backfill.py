@@ -284,6 +284,19 @@ async def test_a_lane_that_a_worker_holds_keeps_only_its_customer_waiting_and_th
     assert len(await billing(db)) == 3
 
 
+async def test_however_many_cards_a_page_of_customers_has_few_lanes_are_taken_at_once(
+    db: Connection, database_url: str, settings: MakeSettings, stripe: StripeServer
+) -> None:
+    # Lanes are locks, and PostgreSQL's table of locks is everybody's: full, it would refuse workers and deliveries.
+    [customer] = show_customers(stripe, 1)
+    stripe.show(*(example("payment_method", id=f"pm_{n:04}", customer=customer, created=NOW + n) for n in range(1100)))
+    async with asking(database_url, settings, stripe) as (pool, api):
+        [done] = await backfill(pool, api, ["payment_methods"])
+    assert done.objects == len(await billing(db)) == 1100
+    largest = "SELECT max(n) FROM (SELECT count(*) AS n FROM billing.payment_methods GROUP BY xmin::text) AS commits"
+    assert await db.fetchval(largest) <= 500
+
+
 async def test_an_object_that_stripe_never_documented_is_told_and_passed_over(
     db: Connection, database_url: str, settings: MakeSettings, stripe: StripeServer, log: Log
 ) -> None:

@@ -444,6 +444,11 @@ async def test_the_mirrored_objects_answer_as_shown_and_keep_nothing_of_a_custom
         yield told("cash_balance.funds_available", {"object": "cash_balance", "customer": customer})
         about = {"charge": f"ch_{number}", "amount": 300 + number, "currency": "usd", "created": NOW}
         yield told("refund.created", {"id": f"re_{number}", "object": "refund", "status": "succeeded", **about})
+        card_of_theirs = example("payment_method", id=f"pm_{number}")
+        yield told("payment_method.attached", {**card_of_theirs, "customer": customer})
+        detached = {**card_of_theirs, "customer": None}
+        before = {"customer": customer}
+        yield event_json(None, "payment_method.detached", detached, created=NOW + 1, livemode=True, previous=before)
         disputed = {"status": "needs_response", "evidence": {"customer_name": "Ada"}}
         yield told("charge.dispute.created", {"id": f"du_{number}", "object": "dispute", **disputed, **about})
 
@@ -464,8 +469,10 @@ async def test_the_mirrored_objects_answer_as_shown_and_keep_nothing_of_a_custom
     }
 
     await db.execute(
-        "INSERT INTO webhook_reads VALUES ('pm_1', '', true, false, 'payment_method', now(), now(), NULL, 1, "
-        """'backfill', '{"id": "pm_1", "object": "payment_method", "customer": "cus_123"}')"""
+        "INSERT INTO webhook_reads "
+        "SELECT id, '', true, false, 'payment_method', now(), now(), NULL, 1, 'backfill', body "
+        "FROM unnest($1::text[], $2::bytea[]) AS reads (id, body)",
+        *(["pm_9", "pm_1"], [b'{"customer": "cus_123"}', b'{"customer": null, "billing_details": {"name": "Ada"}}']),
     )
     [erasing] = re.findall(r"```sql\n(.*?)```", section(MAINTENANCE, "## Erase a customer"), re.DOTALL)
     for _ in range(2):
@@ -473,7 +480,9 @@ async def test_the_mirrored_objects_answer_as_shown_and_keep_nothing_of_a_custom
         await rebuild(db, mirrored=frozenset({"all"}))
         left = {(row["object"], row["id"]) for row in await db.fetch("SELECT object, id FROM stripe_objects")}
         theirs = {("customer", "cus_456"), ("subscription", "sub_2"), ("charge", "ch_2"), ("cash_balance", "cus_456")}
-        assert left == theirs | {("refund", "re_2"), ("dispute", "du_2"), ("balance", "")}
+        assert left == theirs | {("refund", "re_2"), ("dispute", "du_2"), ("payment_method", "pm_2"), ("balance", "")}
+    cards_left = {row["id"]: row["last4"] for row in await db.fetch("SELECT id, last4 FROM billing.payment_methods")}
+    assert cards_left == {"pm_1": None, "pm_2": "4242"}
     bodies = await db.fetchval("SELECT string_agg(payload::text, '') FROM webhook_event_payloads")
     assert await db.fetchval("SELECT count(*) FROM webhook_reads") == 0
     assert "cus_456" in bodies and "du_2" in bodies and "cus_123" not in bodies and "du_1" not in bodies

@@ -471,7 +471,7 @@ def endpoint(**changes: Any) -> dict[str, Any]:
         ([endpoint(enabled_events=list(handlers.GUIDE_TYPES[1:]))], fail, "customer.created"),
         ([endpoint(status="disabled")], fail, "disabled"),
         ([endpoint(url=ENDPOINT.replace("https", "http"))], fail, "not HTTPS"),
-        ([endpoint(url=f"{ENDPOINT}/")], fail, "slash"),
+        ([endpoint(url=f"{ENDPOINT}/")], pass_, "sends all events"),
         ([endpoint(url="https://elsewhere.example.com/hook")], fail, "1 endpoint in test mode"),
         ([], fail, "0 endpoints"),
         ([endpoint(api_version=None)], warn, "default"),

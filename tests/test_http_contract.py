@@ -254,6 +254,19 @@ async def test_a_body_that_trickles_is_given_up(
     assert answer.headers["connection"] == "close"
 
 
+async def test_a_body_of_which_nothing_comes_is_given_up_as_well(
+    quiet_client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webhooks, "BODY_SECONDS", 0.05)
+
+    async def silent() -> AsyncIterator[bytes]:
+        await asyncio.Event().wait()
+        yield b""
+
+    answer = await quiet_client.post(STRIPE, content=silent(), headers={"Stripe-Signature": "t=1,v1=00"})
+    assert (answer.status_code, answer.json()) == (408, {"detail": "Request body came too slowly"})
+
+
 async def test_a_client_that_leaves_before_its_body_is_complete_gets_no_answer_and_leaves_nothing(
     database_url: str, settings: MakeSettings, db: Connection
 ) -> None:

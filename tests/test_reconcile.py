@@ -4,11 +4,13 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import sys
 import time
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from typing import Any, cast
 from urllib.parse import parse_qs
 
 import pytest
@@ -18,7 +20,7 @@ from kamiyo.database import Connection, Pool
 from kamiyo.event import parse
 from kamiyo.handlers import GUIDE_TYPES, Registry
 from kamiyo.projections import table_of
-from kamiyo.reconcile import Compared, reconcile
+from kamiyo.reconcile import Compared, keep_reconciling, reconcile
 from kamiyo.simulator import CURRENT_API_VERSION, STORIES, World
 from kamiyo.stripe_api import StripeApi, StripeKeyMissing, StripeRefused, StripeUnavailable
 from kamiyo.worker import Worker
@@ -338,6 +340,46 @@ async def test_what_stripe_has_forgotten_is_not_gone_on_behind(
     async with asking(database_url, settings, stripe) as api:
         done = await reconcile(pool_of(api), api, registry=Registry())
     assert done is not None and done.looked_at == len(stripe.events)
+
+
+async def test_text_that_utf_8_cannot_write_keeps_nothing_from_being_fetched(
+    db: Connection, database_url: str, settings: MakeSettings, stripe: StripeServer
+) -> None:
+    _, stripe.events = a_life(1)
+    signed_up = next(event for event in stripe.events if event["type"] == "customer.created")
+    data = cast(dict[str, Any], signed_up["data"])
+    data["object"]["metadata"] = {"note": "a smile, cut in two: \ud83d"}
+    async with asking(database_url, settings, stripe) as api:
+        done = await reconcile(pool_of(api), api, registry=Registry())
+        assert done is not None and done.looked_at == len(stripe.events)
+        worker = Worker(pool_of(api), database_url, settings(), Registry())
+        async with pool_of(api).acquire() as own:
+            while await worker.run_once(own):
+                pass
+    [row] = await db.fetch(
+        "SELECT status, body FROM webhook_events JOIN webhook_payloads USING (seq, created_at) WHERE event_id = $1",
+        signed_up["id"],
+    )
+    assert row["status"] == "processed"
+    assert rb"cut in two: \ud83d" in row["body"]
+
+
+async def test_an_error_that_nobody_thought_of_does_not_end_the_comparing(
+    database_url: str, settings: MakeSettings, stripe: StripeServer, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stumbles(**_: object) -> None:
+        raise ZeroDivisionError("nobody thought of this")
+
+    async with asking(database_url, settings, stripe) as api:
+        monkeypatch.setattr(api, "events", stumbles)
+        comparing = asyncio.create_task(keep_reconciling(pool_of(api), api, random.Random(0)))
+
+        async def it_failed() -> bool:
+            return comparing.done() or any(line["event"] == "reconcile_failed" for line in log())
+
+        await until(it_failed)
+        assert not comparing.done()
+        comparing.cancel()
 
 
 # ── Where the cursor goes ─────────────────────────────────────────────────────────────────────────────────

@@ -158,6 +158,18 @@ async def test_one_that_is_no_event_takes_none_of_its_neighbours_down(roads: htt
     assert await db.fetchval("SELECT count(*) FROM webhook_events") == 2
 
 
+async def test_a_batch_larger_than_what_may_wait_for_its_commit_comes_in_all_the_same(
+    database_url: str, settings: MakeSettings, db: Connection
+) -> None:
+    # Delivered again it would be no smaller, so it must not be too much the first time.
+    batch = b"[" + b",".join(clouded(customer(f"evt_{n}")) for n in range(12)) + b"]"
+    small = settings(KAMIYO_EVENTGRID_KEY=KEY, KAMIYO_MAX_WAITING=5)
+    async with running_client(create_app(small)) as client:
+        answer = await client.post(GRID, content=batch, headers=SHOWN)
+        assert (answer.status_code, answer.json()["count"]) == (200, 12)
+    assert await db.fetchval("SELECT count(*) FROM webhook_events") == 12
+
+
 async def test_event_grid_asks_whether_this_is_the_place_in_either_of_its_two_ways(
     roads: httpx.AsyncClient, db: Connection
 ) -> None:

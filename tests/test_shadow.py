@@ -355,6 +355,19 @@ async def test_the_report_ends_well_only_where_something_was_compared_and_nothin
     assert "evt_late" in late.stdout
 
 
+async def test_where_no_pair_could_be_compared_the_report_says_so_and_does_not_end_well(
+    db: Connection, report: Report
+) -> None:
+    shown = example("customer", id="cus_1")
+    real, other = (event_json(event_id, "customer.updated", shown, created=NOW) for event_id in ("evt_1", "evt_2"))
+    await keep(db, [real], [other])
+    assert (await report("--grace", "0")).exit_code == 0
+    await db.execute("DELETE FROM webhook_payloads")  # retention
+    done = await report("--grace", "0")
+    assert done.exit_code == 1
+    assert "Not compared" in done.stdout and "it cannot be told yet" in done.stdout
+
+
 async def test_names_of_the_users_own_are_never_told_as_fields(db: Connection, report: Report) -> None:
     ada = example("customer", metadata={"ada@example.com": "1"})
     bo = {**ada, "metadata": {"bo@example.com": "1"}, "Ada Lovelace": 1}

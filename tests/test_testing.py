@@ -14,6 +14,7 @@ from fastapi import FastAPI
 
 from kamiyo import Connection, Event, Retry, handlers
 from kamiyo.database import load_queries
+from kamiyo.settings import load_settings
 from kamiyo.testing import SECRET, Database, KitError, assert_exactly_once, deliver, signed, stories
 from kamiyo.web import create_app
 from tests.conftest import DEADLINE, ROOT, settings_for
@@ -246,9 +247,13 @@ def test_the_environment_is_the_kits_while_a_test_has_the_database_and_nobody_is
     monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     monkeypatch.setenv("STRIPE_SECRET_KEY", "sk_live_real")
+    monkeypatch.setenv("STRIPE_SECRET_KEYS", '{"acct_1": "rk_live_real"}')
+    monkeypatch.setenv("KAMIYO_TRACES", "true")
     database: Database = request.getfixturevalue("kamiyo_database")
     assert os.environ["DATABASE_URL"] == database.url
     assert os.environ["STRIPE_SECRET_KEY"] == os.environ["ALERT_URLS"] == ""
+    settings = load_settings()
+    assert not settings.api_keys and not settings.alert_channels and not settings.traces
 
 
 # ── As an installation ──────────────────────────────────────────────────────────────────────────────────────────

@@ -212,6 +212,25 @@ async def test_a_body_that_trickles_is_answered_408_and_one_that_breaks_off_is_n
     assert await statuses(db) == {}
 
 
+async def test_a_body_of_which_nothing_comes_is_given_up_whichever_way_it_takes(
+    door: Door, db: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webhooks, "BODY_SECONDS", 0.05)
+    announced = {"Host": "kamiyo", "Content-Length": "100"}
+    heads = [
+        request(b"", headers=announced),
+        request(b"", headers={"Host": "kamiyo", "Transfer-Encoding": "chunked"}),
+        request(b"", path=f"{STRIPE_PATH}?x=1", headers=announced),
+    ]
+    for head in heads:
+        said = await door.say(head)
+        assert said.startswith(b"HTTP/1.1 408 ") and b"connection: close" in said
+    assert len(door.through_asgi) == 2
+    # So is a form of the dashboard's.
+    said = await door.say(request(b"", path="/dashboard/sign-in", headers=announced))
+    assert said.startswith(b"HTTP/1.1 403 ") and b"too slowly" in said
+
+
 async def _is(value: bool) -> bool:
     return value
 

@@ -136,7 +136,7 @@ def _is_ours(endpoint: dict[str, Any], url: str) -> bool:
 def _is_twin(endpoint: dict[str, Any]) -> bool:
     # What it delivers is compared, and never counted: see `kamiyo/shadow.py`.
     theirs = urlsplit(str(endpoint["url"]))
-    return theirs.path == STRIPE_PATH and "shadow" in theirs.query
+    return theirs.path.rstrip("/") == STRIPE_PATH and "shadow" in theirs.query
 
 
 def _endpoint_known(endpoint: dict[str, Any], mode: str, mirrored: frozenset[str]) -> Finding:
@@ -150,12 +150,6 @@ def _endpoint_known(endpoint: dict[str, Any], mode: str, mirrored: frozenset[str
         )
     if urlsplit(str(endpoint["url"])).scheme != "https":
         return failed(check, f"{seen}: not HTTPS", "Change its address in the Stripe dashboard to https://…")
-    if str(endpoint["url"]).endswith("/"):
-        return failed(
-            check,
-            f"{seen}: the slash at the end is another path, which is answered with a redirect",
-            "Take the slash off in the Stripe dashboard: Stripe follows no redirects.",
-        )
     wanted = endpoint["enabled_events"]
     needed = dict.fromkeys((*handlers.supported_types(), *sorted(mirrored.intersection(EVENT_TYPES))))
     lacking = [] if "*" in wanted else [name for name in needed if name not in wanted]

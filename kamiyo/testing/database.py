@@ -208,7 +208,8 @@ def _apply(schema: Schema, made: Database) -> None:
 
 def environment(database: Database) -> dict[str, str]:
     """The variables an application under test is started with."""
-    out_of_reach = ("STRIPE_SECRET_KEY", "ALERT_URLS", "DISCORD_WEBHOOK_URL", "SLACK_WEBHOOK_URL")
+    stripe = ("STRIPE_SECRET_KEY", "STRIPE_SECRET_KEYS")
+    people = ("ALERT_URLS", "DISCORD_WEBHOOK_URL", "SLACK_WEBHOOK_URL")
     return {
         "DATABASE_URL": database.url,
         "STRIPE_WEBHOOK_SECRET": SECRET,
@@ -216,7 +217,8 @@ def environment(database: Database) -> dict[str, str]:
         "KAMIYO_WORKER": "true",
         "KAMIYO_WATCHDOG": "false",
         "KAMIYO_LOG_LEVEL": "warning",
-        **dict.fromkeys(out_of_reach, ""),
+        "KAMIYO_TRACES": "false",
+        **dict.fromkeys((*stripe, *people), ""),
     }
 
 

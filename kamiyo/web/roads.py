@@ -28,6 +28,9 @@ _ApiKey = Annotated[str | None, Header(description="KAMIYO_EVENTBRIDGE_KEY, or K
 # A question whether this is the place is some hundred bytes long.
 _LONGEST_QUESTION = 16_384
 
+# Events of one batch that wait for their commit at the same time.
+_TOGETHER = 100
+
 _REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": models.Detail, "description": "`Invalid payload`: no event, or no JSON."},
     401: {"model": models.Detail, "description": "`Invalid API key`: the header `X-Api-Key` is absent or wrong."},
@@ -95,14 +98,16 @@ def roads_router(current: Callable[[], System | None], bodies: Bodies) -> APIRou
             asked = aeg_event_type == "SubscriptionValidation" and x_api_key is None
             limit = system.settings.max_body_bytes
             if asked and system.settings.eventgrid_keys:
-                limit = min(limit, _LONGEST_QUESTION)
-            else:
-                _admit(x_api_key, system.settings.eventgrid_keys)
+                body = await _read(bodies, request, min(limit, _LONGEST_QUESTION))
+                # Of whoever shows no key, no more is looked at than whether it is the question.
+                question = envelope.question(body)
+                if question is None:
+                    raise RoadKeyInvalid
+                return {"validationResponse": question.code}
+            _admit(x_api_key, system.settings.eventgrid_keys)
             carried = envelope.from_eventgrid(await _read(bodies, request, limit))
             if isinstance(carried, Validation):
                 return {"validationResponse": carried.code}
-            if asked:
-                raise RoadKeyInvalid
             receipts = await _receive_all(system, carried, _caller(request))
             return {"status": "success", "count": len(receipts), "events": [_told(receipt) for receipt in receipts]}
 
@@ -194,10 +199,18 @@ def _caller(request: Request) -> bytes | None:
 
 async def _receive_all(system: System, carried: Sequence[bytes], caller: bytes | None) -> list[Receipt]:
     receiver = system.receiver
-    ends = await asyncio.gather(
-        *(receiver.receive_vouched(event, source=_EVENTGRID, caller=caller) for event in carried),
-        return_exceptions=True,
-    )
+    # A few at a time: all at once, a batch larger than what may wait for its commit would be too much however often it
+    # is delivered again, and would leave no room for anybody else.
+    size = min(_TOGETHER, system.settings.max_waiting)
+    ends: list[Receipt | BaseException] = []
+    for start in range(0, len(carried), size):
+        ends += await asyncio.gather(
+            *(
+                receiver.receive_vouched(event, source=_EVENTGRID, caller=caller)
+                for event in carried[start : start + size]
+            ),
+            return_exceptions=True,
+        )
     # Whatever is not committed must be delivered again; only then, what is no event. Event Grid takes one answer for
     # all, and drops what was answered 400: so that nothing else is dropped with it, the rest is stored by now.
     for kind in (Unavailable, PayloadError, BaseException):

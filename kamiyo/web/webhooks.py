@@ -40,7 +40,7 @@ _SAFE = (b"x-content-type-options", b"nosniff")
 CLOSE = (b"connection", b"close")
 
 
-#: A body that came in one piece, as Stripe's do, is never timed. One that trickles may hold its connection this long.
+#: How long a body may hold its connection, from the end of the head to its last byte; also one of which nothing comes.
 BODY_SECONDS = 15.0
 
 #: Bytes of bodies that one process holds while the rest of them is still on its way, all connections together.
@@ -77,6 +77,16 @@ class Bodies:
         """
         if length is not None and length.isdigit() and int(length[:12]) > limit:
             raise BodyTooLarge
+        parts: list[bytes] = []
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                return await self._whole(receive, parts, limit)
+        except TimeoutError:
+            raise BodyTooSlow from None
+        finally:
+            self.arriving -= sum(map(len, parts))
+
+    async def _whole(self, receive: Receive, parts: list[bytes], limit: int) -> bytes:
         message = await receive()
         body: bytes = message.get("body", b"")
         if not message.get("more_body", False):
@@ -85,15 +95,9 @@ class Bodies:
             if len(body) > limit:
                 raise BodyTooLarge
             return body
-        parts = [body]
+        parts.append(body)
         self.arriving += len(body)
-        try:
-            async with asyncio.timeout(BODY_SECONDS):
-                await self._rest_of_body(receive, parts, limit)
-        except TimeoutError:
-            raise BodyTooSlow from None
-        finally:
-            self.arriving -= sum(map(len, parts))
+        await self._rest_of_body(receive, parts, limit)
         return b"".join(parts)
 
     async def _rest_of_body(self, receive: Receive, parts: list[bytes], limit: int) -> None:

@@ -30,6 +30,7 @@ from kamiyo import inbox
 from kamiyo.database import UNAVAILABLE, Connection
 from kamiyo.errors import EventUnknown, KamiyoError
 from kamiyo.settings import Settings
+from kamiyo.web import webhooks
 from kamiyo.web.dashboard import background, queries, wording
 from kamiyo.web.dashboard.background import Background
 from kamiyo.web.dashboard.session import Session, Sessions
@@ -383,10 +384,14 @@ def _to_sign_in(visit: Visit) -> Response:
 
 async def _form(request: Request) -> dict[str, str]:
     body = b""
-    async for part in request.stream():
-        body += part
-        if len(body) > _LONGEST_FORM:
-            raise Refused("The form is too long.")
+    try:
+        async with asyncio.timeout(webhooks.BODY_SECONDS):
+            async for part in request.stream():
+                body += part
+                if len(body) > _LONGEST_FORM:
+                    raise Refused("The form is too long.")
+    except TimeoutError:
+        raise Refused("The form came too slowly.") from None
     return dict(parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True))
 
 
