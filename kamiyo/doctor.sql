@@ -37,6 +37,11 @@ SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND app
 -- name: processed
 SELECT count(*) FROM (SELECT FROM webhook_events WHERE status = 'processed' LIMIT 1000) AS done;
 
+-- name: unfinished
+-- Events that are not finished, by the counts and by the table of them; apart only where the ledger's triggers were off.
+SELECT (SELECT coalesce(sum(received - processed), 0) FROM webhook_counts_since('-infinity'))::bigint AS counted,
+       (SELECT count(*) FROM webhook_unfinished) AS noted;
+
 -- name: failures
 -- The causes of the last day's failures, the most frequent first.
 SELECT fingerprint, error_type, count(DISTINCT event_id) AS events FROM webhook_failures

@@ -457,6 +457,13 @@ async def prune_tombstones(db: Connection) -> None:
 # ── Looking ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def of_unfinished(query: str, status: str | None) -> str:
+    """The list `query`, of the unfinished events alone where a list by `status` has no others."""
+    if status in (State.pending, State.processing, State.retrying, State.dead):
+        return query.replace("FROM webhook_events\n", "FROM webhook_unfinished_events\n")
+    return query
+
+
 async def listed(
     db: Connection, filters: Filters, *, before: tuple[datetime, int] | None = None, limit: int = 50
 ) -> list[asyncpg.Record]:
@@ -464,7 +471,8 @@ async def listed(
     async with db.transaction(readonly=True):
         # The filters are optional parameters: a plan made once for all of them would scan.
         await db.execute("SET LOCAL plan_cache_mode = force_custom_plan")
-        return await db.fetch(_SQL["list"], *filters.values(), *(before or (None, None)), limit)
+        query = of_unfinished(_SQL["list"], filters.status)
+        return await db.fetch(query, *filters.values(), *(before or (None, None)), limit)
 
 
 async def one(db: Connection, event_id: str) -> tuple[asyncpg.Record, list[asyncpg.Record]]:

@@ -47,14 +47,14 @@ SELECT known_event_id, known_status, is_new FROM webhook_receive(
 );
 
 -- name: claim
--- Lets go of the lanes of the last turn, and takes up to $1 due events: see 025_claim_in_its_lane.sql. $2: types with a handler.
+-- Lets go of the lanes of the last turn, and takes up to $1 due events: see 026_unfinished.sql. $2: types with a handler.
 SELECT claim, due_in, seq, created_at, event_id, event_type, stripe_created, livemode, thin, account, context,
        api_version, object_type, object_id, customer, snapshot_event, lane, attempts, suspect, abandoned, was_running,
        started, body
 FROM webhook_claim($1, $2);
 
 -- name: wake_own
--- From now on storing over this session sends no notice: see 018_claim.sql.
+-- From now on storing over this session sends no notice: see 026_unfinished.sql.
 SELECT set_config('kamiyo.notices', 'off', false);
 
 -- name: notify
@@ -194,7 +194,8 @@ SELECT event_id, pg_notify('webhook_events', '') FROM again;
 
 -- name: list
 -- Newest first, below the position ($10, $11); every filter may be null. $1 is a status, or 'retrying' or 'dead', the two
--- kinds of failed, or 'unread', a kind of pending. The conditions that only repeat a filter name the partial index that
+-- kinds of failed, or 'unread', a kind of pending. What is not finished is listed by the same words of the view of that name,
+-- webhook_unfinished_events, which has these columns of the ledger. The conditions that only repeat a filter name the partial index that
 -- serves it; failed is asked for by failed_at alone, which says the same (a check holds it): asked for twice, the planner
 -- would believe that half as many are left. error_type is that of the last try, where it failed.
 SELECT e.*, f.error_type FROM (

@@ -212,6 +212,23 @@ async def test_a_server_without_fsync_fails_and_a_default_one_passes(database_ur
     assert of(found, "durability").verdict is (fail if said == "off" else pass_)
 
 
+async def test_an_event_that_came_while_the_triggers_were_off_is_told_with_what_to_do(
+    database_url: str, db: Connection, settings: MakeSettings
+) -> None:
+    await db.execute(
+        "ALTER TABLE webhook_events DISABLE TRIGGER USER; "
+        "INSERT INTO webhook_events (event_id, event_type, stripe_created, lane, next_try_at) "
+        "VALUES ('evt_1', 'invoice.paid', now(), 1, now()); "
+        "ALTER TABLE webhook_events ENABLE TRIGGER USER; "
+        # What is counted of a database filled so is wrong as well; here the counts are right, and the queue is not.
+        "SELECT webhook_recount(); DELETE FROM webhook_unfinished"
+    )
+    finding = of(await look(settings(), database_url), "events")
+    assert finding.verdict is fail and "1 are not finished, and workers know of 0" in finding.seen
+    await db.execute("SELECT webhook_recount()")
+    assert of(await look(settings(), database_url), "events").verdict is not fail
+
+
 async def test_without_a_database_it_says_so_and_goes_on(settings: MakeSettings) -> None:
     found = await look(settings(DATABASE_URL=None), None)
     assert of(found, "database").verdict is fail and "not set" in of(found, "database").seen

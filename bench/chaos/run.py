@@ -175,7 +175,7 @@ async def _rest(server: EmbeddedPostgres, pace: Pace, patience: float) -> bool:
         seen, seen_at = -1, time.monotonic()
         while time.monotonic() < min(deadline, seen_at + pace.longest_wait):
             waiting = await db.fetchval(
-                "SELECT (SELECT count(*) FROM webhook_events WHERE next_try_at IS NOT NULL)"
+                "SELECT (SELECT count(*) FROM webhook_unfinished WHERE next_try_at IS NOT NULL)"
                 " + (SELECT count(*) FROM chaos.undecided)"
             )
             changes = await db.fetchval("SELECT coalesce(max(id), 0) FROM chaos.history")

@@ -1,5 +1,6 @@
--- What the operators' dashboard needs beside the ledger: the backlog as it was, replays that are under way, and indexes
--- for two of its questions.
+-- What the operators' dashboard needs beside the ledger: the backlog as it was, replays that are under way, and an index for
+-- one of its questions. The function that writes down how the queue stands, webhook_sample_backlog(), stood here; it is in
+-- 026_unfinished.sql.
 
 BEGIN;
 
@@ -21,10 +22,6 @@ BEGIN
     END IF;
 END $$;
 
--- The dead, apart from those that will be tried again: a few among what may be very many after an outage. An event is
--- written here when it dies and when a person revives it; nothing on the common road touches it.
-CREATE INDEX IF NOT EXISTS webhook_events_dead ON webhook_events (created_at, seq)
-    WHERE failed_at IS NOT NULL AND next_try_at IS NULL;
 -- The events of one connected account. One's own account, '', is not in it: there every index on time will do.
 CREATE INDEX IF NOT EXISTS webhook_events_account ON webhook_events (account, created_at) WHERE account <> '';
 
@@ -39,23 +36,6 @@ CREATE TABLE IF NOT EXISTS webhook_backlog_by_minute (
     -- Seconds since the oldest of them was due.
     oldest_due_seconds double precision NOT NULL
 );
-
--- Writes down how the queue stands now, unless somebody has in this minute. Counts a million at most, so that it stays
--- cheap on the worst of days.
-CREATE OR REPLACE FUNCTION webhook_sample_backlog() RETURNS void LANGUAGE plpgsql AS $$
-BEGIN
-    IF EXISTS (SELECT FROM webhook_backlog_by_minute WHERE minute = date_trunc('minute', now())) THEN
-        RETURN;
-    END IF;
-    INSERT INTO webhook_backlog_by_minute (minute, waiting, retrying, oldest_due_seconds)
-    SELECT date_trunc('minute', now()), count(*) FILTER (WHERE failed_at IS NULL), count(failed_at),
-           coalesce(greatest(extract(epoch FROM now() - min(next_try_at)), 0), 0)
-    FROM (SELECT failed_at, next_try_at FROM webhook_events WHERE next_try_at IS NOT NULL
-          ORDER BY next_try_at LIMIT 1000000) AS queue
-    ON CONFLICT (minute) DO NOTHING;
-    -- The pictures reach back seven days.
-    DELETE FROM webhook_backlog_by_minute WHERE minute < now() - interval '8 days';
-END $$;
 
 -- Replays that a person began in the dashboard, so that any server process can say how far they are.
 CREATE TABLE IF NOT EXISTS webhook_replays (

@@ -1,4 +1,4 @@
--- A claim writes no index. The function that claims, webhook_claim(), stood here; it is in 025_claim_in_its_lane.sql.
+-- A claim writes no index. The function that claims, webhook_claim(), stood here; it is in 026_unfinished.sql.
 
 BEGIN;
 

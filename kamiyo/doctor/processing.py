@@ -23,8 +23,15 @@ async def workers(db: Connection) -> Finding:
 
 
 async def processed(db: Connection, settings: Settings) -> Finding:
-    row = await inbox.queue(db)
+    row, unfinished = await inbox.queue(db), await db.fetchrow(_SQL["unfinished"])
     count = int(await db.fetchval(_SQL["processed"]))
+    if unfinished is not None and unfinished["counted"] != unfinished["noted"]:
+        return failed(
+            "events",
+            f"{unfinished['counted']} are not finished, and workers know of {unfinished['noted']}: the ledger was "
+            "changed while its triggers were off",
+            "Run in psql: SELECT webhook_recount()",
+        )
     if row["oldest_due_seconds"] > 300:
         return failed(
             "events",

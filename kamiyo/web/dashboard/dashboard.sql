@@ -224,9 +224,12 @@ WHERE id = $1 AND object = $2 AND account = $3 AND livemode = $4;
 -- What is failed now, by the fingerprint of its last failure: of the $1 events that came last, so that an outage of a
 -- million costs no more to look at. With $2 only the dead. First and last seen are over everything that is remembered.
 WITH failed AS MATERIALIZED (
-    SELECT event_id, event_type, next_try_at, created_at FROM webhook_events
-    WHERE failed_at IS NOT NULL AND (NOT $2::boolean OR next_try_at IS NULL)
-    ORDER BY created_at DESC, seq DESC LIMIT $1
+    (SELECT event_id, event_type, next_try_at FROM webhook_events
+     WHERE NOT $2::boolean AND failed_at IS NOT NULL ORDER BY created_at DESC, seq DESC LIMIT $1)
+    UNION ALL
+    (SELECT event_id, e.event_type, e.next_try_at
+     FROM (SELECT event_id FROM webhook_unfinished WHERE $2 AND next_try_at IS NULL
+           ORDER BY created_at DESC, seq DESC LIMIT $1) AS dead JOIN webhook_events AS e USING (event_id))
 ), last AS MATERIALIZED (
     SELECT failed.event_type, failed.next_try_at, f.id, f.fingerprint
     FROM failed CROSS JOIN LATERAL (

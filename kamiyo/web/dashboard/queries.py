@@ -187,7 +187,8 @@ async def events(
 ) -> Page:
     """A page of events: the newest, or those below `before`, or those right above `after`."""
     if after is not None:
-        rows = await db.fetch(_SQL["newer_events"], *search.values(), *after, size + 1)
+        newer = inbox.of_unfinished(_SQL["newer_events"], search.values()[0])
+        rows = await db.fetch(newer, *search.values(), *after, size + 1)
         more, rows = len(rows) > size, rows[:size][::-1]
         return Page(rows, _position(rows[0]) if rows and more else None, _position(rows[-1]) if rows else None)
     rows = await inbox.listed(db, inbox.Filters(*search.values()), before=before, limit=size + 1)
