@@ -338,8 +338,7 @@ FROM webhook_counts_since(now() - make_interval(days => $1)) ORDER BY received D
 
 -- name: queue
 -- How the queue stands: events waiting or in work, seconds since the oldest was due; events that wait to be read from
--- Stripe, seconds since the oldest of those was due, and how asking goes (a circuit that nobody has tried for five minutes
--- says nothing); events that are dead.
+-- Stripe, seconds since the oldest of those was due, and how asking goes; events that are dead.
 SELECT (SELECT coalesce(sum(received - processed - failed), 0) FROM webhook_counts_since('-infinity'))::bigint AS backlog,
        coalesce(greatest((SELECT extract(epoch FROM now() - min(next_try_at)) FROM webhook_events
                           WHERE next_try_at IS NOT NULL), 0), 0)::float8 AS oldest_due_seconds,
@@ -347,8 +346,7 @@ SELECT (SELECT coalesce(sum(received - processed - failed), 0) FROM webhook_coun
            AS waiting_reads,
        coalesce(greatest((SELECT extract(epoch FROM now() - min(read_due_at)) FROM webhook_events
                           WHERE read_due_at IS NOT NULL), 0), 0)::float8 AS oldest_unread_seconds,
-       coalesce((SELECT (opened_at IS NOT NULL)::int FROM webhook_api_budget
-                 WHERE open_until > now() - interval '5 minutes'), 0) AS circuit_open,
+       (webhook_circuit_opened_at() IS NOT NULL)::int AS circuit_open,
        (SELECT count(*) FROM (SELECT FROM webhook_events WHERE failed_at IS NOT NULL AND next_try_at IS NULL
                               LIMIT 100000) AS dead)::bigint AS dead,
        coalesce((SELECT sum(greatest(missed, found)) FROM webhook_reconciliation
