@@ -13,10 +13,18 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from kamiyo import database, handlers, inbox
+from kamiyo import handlers, inbox
 from kamiyo import rebuild as rebuilding
 from kamiyo import reconcile as reconciling
-from kamiyo.cli.console import complain, connected, console, print_whole, progressing, settings_for_commands
+from kamiyo.cli.console import (
+    complain,
+    connected,
+    console,
+    pooled,
+    print_whole,
+    progressing,
+    settings_for_commands,
+)
 from kamiyo.database import Connection
 from kamiyo.errors import AdminError
 from kamiyo.event import decode
@@ -27,7 +35,6 @@ from kamiyo.web.admin import detail_of, summary_of
 from kamiyo.web.dashboard import attention, changes, queries
 from kamiyo.web.dashboard.attention import Advice
 from kamiyo.web.models import EventSummary
-from kamiyo.web.system import database_url
 
 app = typer.Typer(help="See what came in, and run failed events again.", no_args_is_help=True)
 
@@ -303,24 +310,18 @@ def reconcile(
     begin = int(max(since, datetime.now(UTC) - _STRIPE_KEEPS).timestamp()) if since else None
 
     async def compare() -> Compared | None:
-        async with database_url(settings) as url:
-            pool = await database.open_pool(url, size=4, application="kamiyo reconcile", idle_limit=60)
+        async with pooled(settings) as pool:
+            api = StripeApi(pool, settings)
             try:
-                async with pool.acquire() as db:
-                    await database.migrate(db)
-                api = StripeApi(pool, settings)
-                try:
-                    return await reconciling.reconcile(
-                        *(pool, api),
-                        since=begin,
-                        own_account=settings.stripe_account_id,
-                        mirrored=settings.mirrored,
-                        progress=progress,
-                    )
-                finally:
-                    await api.close()
+                return await reconciling.reconcile(
+                    *(pool, api),
+                    since=begin,
+                    own_account=settings.stripe_account_id,
+                    mirrored=settings.mirrored,
+                    progress=progress,
+                )
             finally:
-                await pool.close()
+                await api.close()
 
     handlers.load(settings.handler_modules)
     with progressing("events compared") as progress:
