@@ -275,7 +275,11 @@ SELECT count(*) AS count, max(created_at) AS created_at,
 FROM again;
 
 -- name: audit
-INSERT INTO webhook_audit (action, filters, count) VALUES ($1, $2::jsonb, $3);
+INSERT INTO webhook_audit (action, filters, count) VALUES ($1, $2::jsonb, $3) RETURNING id;
+
+-- name: audit_part
+-- Adds a part that was done.
+UPDATE webhook_audit SET count = count + $2 WHERE id = $1;
 
 -- name: event
 SELECT e.*, extract(epoch FROM e.stripe_created)::bigint AS stripe_second,

@@ -359,13 +359,7 @@ def cleanup(
 ) -> None:
     """Remove old processed events with their bodies. Never touches an event that is not processed."""
     with progressing("removed") as progress:
-
-        async def prune(db: Any) -> int:
-            done = await inbox.prune(db, datetime.now(UTC) - timedelta(days=days), progress=progress)
-            await inbox.audit(db, "cleanup", {"days": days}, done)
-            return done
-
-        done = _with_database(prune)
+        done = _with_database(lambda db: inbox.clean_up(db, days, progress=progress))
     console.print(f"{done} events from more than {days} days ago are removed", highlight=False)
 
 
