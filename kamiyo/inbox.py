@@ -436,10 +436,31 @@ def described(filters: Filters) -> dict[str, Any]:
     return {name: value for name, value in asdict(filters).items() if value is not None}
 
 
+@dataclass(frozen=True, slots=True)
+class Prunable:
+    """What a cleanup would remove: events, their bodies, and when the first and the last of them was received."""
+
+    events: int
+    bodies: int
+    first: datetime | None
+    last: datetime | None
+
+
+async def count_prunable(db: Connection, days: int) -> Prunable:
+    """What `clean_up` would remove now; changes nothing."""
+    row = await db.fetchrow(_SQL["count_prunable"], _ago(days))
+    assert row is not None  # noqa: S101 - an aggregate without GROUP BY has exactly one row
+    return Prunable(*row)
+
+
+def _ago(days: int) -> datetime:
+    return datetime.now(UTC) - timedelta(days=days)
+
+
 async def clean_up(db: Connection, days: int, *, progress: Callable[[int], None] = lambda done: None) -> int:
     """Remove the processed events of more than `days` days ago, and write it to the audit; return how many."""
     line = await audit(db, "cleanup", {"days": days}, 0)
-    return await prune(db, datetime.now(UTC) - timedelta(days=days), line=line, progress=progress)
+    return await prune(db, _ago(days), line=line, progress=progress)
 
 
 async def prune(

@@ -330,6 +330,13 @@ WITH old AS (
 )
 SELECT count(*) FROM gone;
 
+-- name: count_prunable
+-- What a prune would remove: how many events, how many of their bodies, and from when to when they were received.
+SELECT count(*) AS events, count(p.seq) AS bodies, min(e.created_at) AS first, max(e.created_at) AS last
+FROM webhook_events AS e
+LEFT JOIN webhook_payloads AS p ON p.seq = e.seq AND p.created_at = e.created_at
+WHERE e.created_at < $1 AND e.status = 'processed';
+
 -- name: prune_tombstones
 DELETE FROM webhook_tombstones WHERE stripe_created < now() - interval '35 days';
 

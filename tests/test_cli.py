@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -95,6 +96,28 @@ async def test_many_are_run_again_by_their_cause_and_only_the_dead_if_so_wanted(
     status, said = await kamiyo("replay", "--fingerprint", "beef", "--yes")
     assert (status, "1 events are back in line" in said) == (0, True)
     assert await db.fetchval("SELECT status FROM webhook_events WHERE event_id = 'evt_dead'") == "pending"
+
+
+async def test_a_cleanup_says_first_what_it_would_remove(kamiyo: Say, db: Connection) -> None:
+    await put_some(db)
+    old = await put(db, "evt_old", age=timedelta(days=60))
+    asked = "SELECT count(*), (SELECT count(*) FROM webhook_audit) FROM webhook_events"
+    before = await db.fetchrow(asked)
+
+    status, said = await kamiyo("cleanup", "--days", "2", "--dry-run")
+    assert status == 0 and "2 events from more than 2 days ago would be removed" in said, said
+    told = (
+        "SELECT to_char(created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS') FROM webhook_events WHERE event_id = $1"
+    )
+    first, last = await db.fetchval(told, old), await db.fetchval(told, "evt_done")
+    assert re.search(rf"with 0 bodies; received from {first}\.\d+ UTC to {last}\.\d+ UTC", said), said
+    _, said = await kamiyo("cleanup", "--days", "100", "--dry-run")
+    assert said == "0 events from more than 100 days ago would be removed\n"
+    assert await db.fetchrow(asked) == before
+
+    status, said = await kamiyo("cleanup", "--days", "2")
+    assert "2 events from more than 2 days ago are removed" in said
+    assert before is not None and await db.fetchrow(asked) == (before[0] - 2, 1)
 
 
 async def test_a_time_is_how_long_ago_or_a_moment_as_it_is_shown_elsewhere(kamiyo: Say, db: Connection) -> None:

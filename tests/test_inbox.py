@@ -479,6 +479,20 @@ async def test_pruning_takes_the_bodies_along_and_what_is_left_keeps_its_own(
     assert await db.fetchval("SELECT count(*) FROM webhook_payloads") == 1
 
 
+async def test_what_a_cleanup_would_remove_is_counted_and_nothing_is_changed(db: Connection) -> None:
+    assert await inbox.count_prunable(db, 0) == inbox.Prunable(0, 0, None, None)
+    await put(db, event("evt_1"))
+    await put(db, event("evt_2"), event("evt_3", "invoice.voided", "cus_2"))
+    await processed(db, "evt_1", "evt_2")
+    [first, last] = [(await row_of(db, name))["created_at"] for name in ("evt_1", "evt_2")]
+    assert await inbox.count_prunable(db, 0) == inbox.Prunable(2, 2, first, last)
+    await db.execute("DELETE FROM webhook_payloads WHERE created_at = $1", first)
+    assert await inbox.count_prunable(db, 0) == inbox.Prunable(2, 1, first, last)
+    assert await inbox.count_prunable(db, 1) == inbox.Prunable(0, 0, None, None)
+    assert len(await statuses(db)) == 3
+    assert await inbox.clean_up(db, 0) == 2
+
+
 async def test_an_event_that_was_pruned_is_known_for_as_long_as_stripe_can_send_it_again(
     db: Connection,
 ) -> None:

@@ -356,8 +356,18 @@ def rebuild() -> None:
 
 def cleanup(
     days: Annotated[int, typer.Option(help="Remove what was received more than this many days ago.", min=1)] = 30,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count.")] = False,
 ) -> None:
     """Remove old processed events with their bodies. Never touches an event that is not processed."""
+    if dry_run:
+        found = _with_database(lambda db: inbox.count_prunable(db, days))
+        console.print(f"{found.events} events from more than {days} days ago would be removed", highlight=False)
+        if found.events:
+            console.print(
+                f"with {found.bodies} bodies; received from {_said(found.first)} to {_said(found.last)}",
+                highlight=False,
+            )
+        return
     with progressing("removed") as progress:
         done = _with_database(lambda db: inbox.clean_up(db, days, progress=progress))
     console.print(f"{done} events from more than {days} days ago are removed", highlight=False)
