@@ -369,24 +369,49 @@ async def after(db: Connection, at: datetime, seq: int, limit: int) -> list[tupl
 # ── By hand ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-_INSTEAD_OF_RETRY = {
+_INSTEAD_OF_RETRY: Mapping[Status, str] = {
     Status.pending: "it is in line already",
     Status.processing: "a worker has it in hand",
-    Status.processed: "finished events run again by `kamiyo replay --status processed`, with a filter that names them",
+    Status.processed: "a finished event runs again by `kamiyo replay --event`, which takes its id",
 }
 _LOOK_AGAIN = "it was a moment ago; look again"
+# What is not in line, and not in a worker's hands.
+_FINISHED = (Status.failed, Status.processed)
 
 
 async def retry(db: Connection, event_id: str) -> None:
     """Run a failed event again, now, with five new tries. Raises EventUnknown or EventNotFailed."""
     async with db.transaction():
-        if await db.fetchrow(_SQL["retry"], event_id) is not None:
+        if await db.fetchrow(_SQL["retry"], event_id, [Status.failed]) is not None:
             await audit(db, "retry", {"event_id": event_id}, 1)
             return
+    status = await _status_of(db, event_id)
+    raise EventNotFailed(f"Event {event_id} is {status}, not failed: {_INSTEAD_OF_RETRY.get(status, _LOOK_AGAIN)}")
+
+
+async def replay_one(db: Connection, event_id: str) -> None:
+    """Run an event again, failed or processed, and write it to the audit. Raises EventUnknown or EventNotFailed."""
+    async with db.transaction():
+        if await db.fetchrow(_SQL["retry"], event_id, _FINISHED) is not None:
+            await audit(db, "replay", {"event_id": event_id}, 1)
+            return
+    await require_replayable(db, event_id)
+    raise EventNotFailed(f"Event {event_id} was in work a moment ago; look again")
+
+
+async def require_replayable(db: Connection, event_id: str) -> Status:
+    """Where an event stands that can be run again. Raises EventUnknown, or EventNotFailed where it is being run."""
+    status = await _status_of(db, event_id)
+    if status not in _FINISHED:
+        raise EventNotFailed(f"Event {event_id} is {status}: {_INSTEAD_OF_RETRY[status]}")
+    return status
+
+
+async def _status_of(db: Connection, event_id: str) -> Status:
     status = await db.fetchval(_SQL["status"], event_id)
     if status is None:
         raise EventUnknown(f"Event not found: {event_id}")
-    raise EventNotFailed(f"Event {event_id} is {status}, not failed: {_INSTEAD_OF_RETRY.get(status, _LOOK_AGAIN)}")
+    return Status(status)
 
 
 async def count_matching(db: Connection, filters: Filters, fingerprint: str | None = None) -> int:

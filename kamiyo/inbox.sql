@@ -184,10 +184,11 @@ ORDER BY e.created_at, e.seq
 LIMIT $3;
 
 -- name: retry
--- A person says: run it again. It gets its five tries anew.
+-- A person says: run it again. It gets its five tries anew. $2: what it must be, failed or processed.
 WITH again AS (
-    UPDATE webhook_events SET status = 'pending', failed_at = NULL, next_try_at = now(), attempts = 0
-    WHERE event_id = $1 AND status = 'failed'
+    UPDATE webhook_events
+    SET status = 'pending', outcome = NULL, processed_at = NULL, failed_at = NULL, next_try_at = now(), attempts = 0
+    WHERE event_id = $1 AND status = ANY ($2::text[])
     RETURNING event_id
 )
 SELECT event_id, pg_notify('webhook_events', '') FROM again;
