@@ -31,9 +31,10 @@ WORKDIR /app
 USER 10001:10001
 EXPOSE 8000
 # The file system may be read-only; /tmp must be writable (several server processes share their metrics there).
-# Asks nobody: a database that is away, or events that fail, are no reason to start this process anew.
+# Asks nobody: a database that is away, or events that fail, are no reason to start this process anew. At the port that the
+# server listens on, if the environment says it (docker run --env PORT=9000); a worker has a check of its own in compose.yaml.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=30s \
-    CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/api/v1/webhooks/live', timeout=2)"]
+    CMD ["python", "-c", "import os, urllib.request as u; u.urlopen('http://127.0.0.1:' + (os.environ.get('PORT') or '8000') + '/api/v1/webhooks/live', timeout=2)"]
 # No shell in between: SIGTERM reaches the server, which stops in order.
 ENTRYPOINT ["kamiyo"]
 CMD ["serve"]

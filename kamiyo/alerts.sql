@@ -35,9 +35,9 @@ WHERE next_try_at IS NOT NULL ORDER BY next_try_at, seq LIMIT 1;
 
 -- name: reads_overdue
 -- How many events wait until their object is read (100,000 at most), which of them longest and how long, and what is known
--- of why. A circuit that nobody has tried for five minutes is no reason: nobody asks.
+-- of why.
 SELECT oldest.event_id, extract(epoch FROM now() - oldest.read_due_at)::float8 AS seconds,
-       CASE WHEN b.open_until > now() - interval '5 minutes' THEN b.opened_at END AS opened_at,
+       webhook_circuit_opened_at() AS opened_at,
        CASE WHEN b.refused_last_at > now() - interval '1 hour' THEN b.refused_what END AS refused_what,
        (SELECT count(*) FROM (SELECT FROM webhook_events WHERE read_due_at <= now() LIMIT 100000) AS waiting) AS count
 FROM (SELECT event_id, read_due_at FROM webhook_events WHERE read_due_at IS NOT NULL ORDER BY read_due_at LIMIT 1) AS oldest

@@ -193,21 +193,24 @@ class _Comparison:
     async def mend(self, told: Sequence[_Look]) -> list[Finding]:
         """Put what Stripe says into the tables; the findings, saying which of them are mended."""
         mendable = [look for look in told if look.read.body and look.finding]
-        for start in range(0, len(mendable), _CHUNK):
-            await self._apply([look.read for look in mendable[start : start + _CHUNK]])
-        rows: dict[tuple[str, str], Row] = {}
+        if mendable:
+            async with self.pool.acquire(timeout=10) as db:
+                line = await inbox.audit(db, "audit repair", {"account": self.account}, 0)
+            for start in range(0, len(mendable), _CHUNK):
+                await self._apply(mendable[start : start + _CHUNK], line)
         async with self.pool.acquire(timeout=10) as db:
-            for table, ids in _by_table(told):
-                rows |= {(table, name): row for name, row in (await self._rows(db, table, ids)).items()}
-            findings = [
-                replace(look.finding, mended=_look(rows[look.row.table, look.row.id], look.read, False).finding is None)
-                for look in told
-                if look.finding
-            ]
-            mended = sum(one.mended for one in findings)
-            if mended:
-                await inbox.audit(db, "audit repair", {"account": self.account}, mended)
-        return findings
+            return await self._as_they_stand(db, told)
+
+    async def _as_they_stand(self, db: Connection, told: Sequence[_Look]) -> list[Finding]:
+        """What was found, and which of it is mended by now."""
+        rows: dict[tuple[str, str], Row] = {}
+        for table, ids in _by_table(told):
+            rows |= {(table, name): row for name, row in (await self._rows(db, table, ids)).items()}
+        return [
+            replace(look.finding, mended=_look(rows[look.row.table, look.row.id], look.read, False).finding is None)
+            for look in told
+            if look.finding
+        ]
 
     async def _ask(self, table: str, object_id: str) -> Read:
         object_type = _TYPES[table]
@@ -224,11 +227,16 @@ class _Comparison:
         rows = (Row(table, i, self.account, self.api.livemode, tuple(v), *told) for i, *v, told in map(_split, found))
         return {row.id: row for row in rows}
 
-    async def _apply(self, told: Sequence[Read]) -> None:
+    async def _apply(self, told: Sequence[_Look], line: int) -> None:
         waiting = told
         for _ in range(_MOST_LANE_TRIES):
             async with self.pool.acquire(timeout=10) as db, db.transaction():
-                waiting = (await reads.apply(db, waiting)).held_up
+                held_up = (await reads.apply(db, [look.read for look in waiting])).held_up
+                applied = [look for look in waiting if look.read not in held_up]
+                if applied:
+                    findings = await self._as_they_stand(db, applied)
+                    await inbox.audit_part(db, line, sum(one.mended for one in findings))
+                waiting = [look for look in waiting if look.read in held_up]
             if not waiting:
                 return
             await asyncio.sleep(_LANE_SECONDS)  # a worker holds their lanes

@@ -53,9 +53,7 @@ SELECT account, livemode, extract(epoch FROM now() - finished_at)::float8 AS sec
 FROM webhook_reconciliation ORDER BY account, livemode;
 
 -- name: asking
--- What Stripe refuses the key for, if it did within the last hour, and for how long the circuit has been open, if anybody
--- has tried it within the last five minutes.
+-- What Stripe refuses the key for, if it did within the last hour, and for how long the circuit has been open.
 SELECT CASE WHEN refused_last_at > now() - interval '1 hour' THEN refused_what END AS refused_what,
-       CASE WHEN open_until > now() - interval '5 minutes'
-            THEN extract(epoch FROM now() - opened_at)::float8 END AS open_seconds
+       extract(epoch FROM now() - webhook_circuit_opened_at())::float8 AS open_seconds
 FROM webhook_api_budget;

@@ -6,7 +6,7 @@ The caller owns the transaction: what a function writes is true once the caller 
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
@@ -369,22 +369,49 @@ async def after(db: Connection, at: datetime, seq: int, limit: int) -> list[tupl
 # ── By hand ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-_INSTEAD_OF_RETRY = {
+_INSTEAD_OF_RETRY: Mapping[Status, str] = {
     Status.pending: "it is in line already",
     Status.processing: "a worker has it in hand",
-    Status.processed: "finished events run again by `kamiyo replay --status processed`, with a filter that names them",
+    Status.processed: "a finished event runs again by `kamiyo replay --event`, which takes its id",
 }
 _LOOK_AGAIN = "it was a moment ago; look again"
+# What is not in line, and not in a worker's hands.
+_FINISHED = (Status.failed, Status.processed)
 
 
 async def retry(db: Connection, event_id: str) -> None:
     """Run a failed event again, now, with five new tries. Raises EventUnknown or EventNotFailed."""
-    if await db.fetchrow(_SQL["retry"], event_id) is None:
-        status = await db.fetchval(_SQL["status"], event_id)
-        if status is None:
-            raise EventUnknown(f"Event not found: {event_id}")
-        raise EventNotFailed(f"Event {event_id} is {status}, not failed: {_INSTEAD_OF_RETRY.get(status, _LOOK_AGAIN)}")
-    await audit(db, "retry", {"event_id": event_id}, 1)
+    async with db.transaction():
+        if await db.fetchrow(_SQL["retry"], event_id, [Status.failed]) is not None:
+            await audit(db, "retry", {"event_id": event_id}, 1)
+            return
+    status = await _status_of(db, event_id)
+    raise EventNotFailed(f"Event {event_id} is {status}, not failed: {_INSTEAD_OF_RETRY.get(status, _LOOK_AGAIN)}")
+
+
+async def replay_one(db: Connection, event_id: str) -> None:
+    """Run an event again, failed or processed, and write it to the audit. Raises EventUnknown or EventNotFailed."""
+    async with db.transaction():
+        if await db.fetchrow(_SQL["retry"], event_id, _FINISHED) is not None:
+            await audit(db, "replay", {"event_id": event_id}, 1)
+            return
+    await require_replayable(db, event_id)
+    raise EventNotFailed(f"Event {event_id} was in work a moment ago; look again")
+
+
+async def require_replayable(db: Connection, event_id: str) -> Status:
+    """Where an event stands that can be run again. Raises EventUnknown, or EventNotFailed where it is being run."""
+    status = await _status_of(db, event_id)
+    if status not in _FINISHED:
+        raise EventNotFailed(f"Event {event_id} is {status}: {_INSTEAD_OF_RETRY[status]}")
+    return status
+
+
+async def _status_of(db: Connection, event_id: str) -> Status:
+    status = await db.fetchval(_SQL["status"], event_id)
+    if status is None:
+        raise EventUnknown(f"Event not found: {event_id}")
+    return Status(status)
 
 
 async def count_matching(db: Connection, filters: Filters, fingerprint: str | None = None) -> int:
@@ -401,29 +428,32 @@ async def replay(
 ) -> int:
     """Put every matching event back in line, CHUNK by CHUNK, and write it to the audit; return how many.
 
-    Each chunk commits by itself: call it outside a transaction. `progress` hears how many are done so far.
+    Each chunk commits by itself, together with its part of the audit: call it outside a transaction. `progress` hears
+    how many are done so far.
     """
-    values = _replayable(filters).values()
+    filters = _replayable(filters)
+    told = described(filters) | ({"fingerprint": fingerprint} if fingerprint else {})
+    line = await audit(db, "replay", told, 0)
     done, at, seq = 0, _DAWN, 0
     while True:
-        row = await db.fetchrow(_SQL["replay"], *values, fingerprint, at, seq, CHUNK)
-        assert row is not None  # noqa: S101 - an aggregate without GROUP BY has exactly one row
+        async with db.transaction():
+            row = await db.fetchrow(_SQL["replay"], *filters.values(), fingerprint, at, seq, CHUNK)
+            assert row is not None  # noqa: S101 - an aggregate without GROUP BY has exactly one row
+            await audit_part(db, line, row["count"])
         if not row["count"]:
-            break
+            return done
         done, at, seq = done + row["count"], row["created_at"], row["seq"]
         progress(done)
-    await audit(
-        db,
-        "replay",
-        described(_replayable(filters)) | ({"fingerprint": fingerprint} if fingerprint else {}),
-        done,
-    )
-    return done
 
 
-async def audit(db: Connection, action: str, filters: Mapping[str, Any], count: int) -> None:
-    """Write down what a person did."""
-    await db.execute(_SQL["audit"], action, json.dumps(filters, default=str), count)
+async def audit(db: Connection, action: str, filters: Mapping[str, Any], count: int) -> int:
+    """Write down what a person did, or, of what is done part by part, that they began; return the line's number."""
+    return int(await db.fetchval(_SQL["audit"], action, json.dumps(filters, default=str), count))
+
+
+async def audit_part(db: Connection, line: int, count: int) -> None:
+    """Add to a line what was done just now: in the transaction of that part, should the next one never come."""
+    await db.execute(_SQL["audit_part"], line, count)
 
 
 def described(filters: Filters) -> dict[str, Any]:
@@ -431,22 +461,59 @@ def described(filters: Filters) -> dict[str, Any]:
     return {name: value for name, value in asdict(filters).items() if value is not None}
 
 
-async def prune(db: Connection, before: datetime, *, progress: Callable[[int], None] = lambda done: None) -> int:
+@dataclass(frozen=True, slots=True)
+class Prunable:
+    """What a cleanup would remove: events, their bodies, and when the first and the last of them was received."""
+
+    events: int
+    bodies: int
+    first: datetime | None
+    last: datetime | None
+
+
+async def count_prunable(db: Connection, days: int) -> Prunable:
+    """What `clean_up` would remove now; changes nothing."""
+    row = await db.fetchrow(_SQL["count_prunable"], _ago(days))
+    assert row is not None  # noqa: S101 - an aggregate without GROUP BY has exactly one row
+    return Prunable(*row)
+
+
+def _ago(days: int) -> datetime:
+    return datetime.now(UTC) - timedelta(days=days)
+
+
+async def clean_up(db: Connection, days: int, *, progress: Callable[[int], None] = lambda done: None) -> int:
+    """Remove the processed events of more than `days` days ago, and write it to the audit; return how many."""
+    line = await audit(db, "cleanup", {"days": days}, 0)
+    return await prune(db, _ago(days), line=line, progress=progress)
+
+
+async def prune(
+    db: Connection,
+    before: datetime,
+    *,
+    line: int | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> int:
     """Remove the processed events received before `before`, CHUNK by CHUNK; return how many.
 
-    Never an unprocessed one. Each chunk commits by itself: call it outside a transaction.
+    Never an unprocessed one. Each chunk commits by itself, together with its part of the audit's `line`, where there is
+    one: call it outside a transaction.
     """
     done = 0
-    while count := await _prune_chunk(db, before):
+    while count := await _prune_chunk(db, before, line):
         done += count
         progress(done)
     return done
 
 
-async def _prune_chunk(db: Connection, before: datetime) -> int:
+async def _prune_chunk(db: Connection, before: datetime, line: int | None) -> int:
     async with db.transaction():
         await db.execute(_SQL["begin_prune"])
-        return int(await db.fetchval(_SQL["prune"], before, CHUNK))
+        count = int(await db.fetchval(_SQL["prune"], before, CHUNK))
+        if line is not None:
+            await audit_part(db, line, count)
+        return count
 
 
 async def prune_tombstones(db: Connection) -> None:

@@ -184,10 +184,11 @@ ORDER BY e.created_at, e.seq
 LIMIT $3;
 
 -- name: retry
--- A person says: run it again. It gets its five tries anew.
+-- A person says: run it again. It gets its five tries anew. $2: what it must be, failed or processed.
 WITH again AS (
-    UPDATE webhook_events SET status = 'pending', failed_at = NULL, next_try_at = now(), attempts = 0
-    WHERE event_id = $1 AND status = 'failed'
+    UPDATE webhook_events
+    SET status = 'pending', outcome = NULL, processed_at = NULL, failed_at = NULL, next_try_at = now(), attempts = 0
+    WHERE event_id = $1 AND status = ANY ($2::text[])
     RETURNING event_id
 )
 SELECT event_id, pg_notify('webhook_events', '') FROM again;
@@ -276,7 +277,11 @@ SELECT count(*) AS count, max(created_at) AS created_at,
 FROM again;
 
 -- name: audit
-INSERT INTO webhook_audit (action, filters, count) VALUES ($1, $2::jsonb, $3);
+INSERT INTO webhook_audit (action, filters, count) VALUES ($1, $2::jsonb, $3) RETURNING id;
+
+-- name: audit_part
+-- Adds a part that was done.
+UPDATE webhook_audit SET count = count + $2 WHERE id = $1;
 
 -- name: event
 SELECT e.*, extract(epoch FROM e.stripe_created)::bigint AS stripe_second,
@@ -327,6 +332,13 @@ WITH old AS (
 )
 SELECT count(*) FROM gone;
 
+-- name: count_prunable
+-- What a prune would remove: how many events, how many of their bodies, and from when to when they were received.
+SELECT count(*) AS events, count(p.seq) AS bodies, min(e.created_at) AS first, max(e.created_at) AS last
+FROM webhook_events AS e
+LEFT JOIN webhook_payloads AS p ON p.seq = e.seq AND p.created_at = e.created_at
+WHERE e.created_at < $1 AND e.status = 'processed';
+
 -- name: prune_tombstones
 DELETE FROM webhook_tombstones WHERE stripe_created < now() - interval '35 days';
 
@@ -339,8 +351,7 @@ FROM webhook_counts_since(now() - make_interval(days => $1)) ORDER BY received D
 
 -- name: queue
 -- How the queue stands: events waiting or in work, seconds since the oldest was due; events that wait to be read from
--- Stripe, seconds since the oldest of those was due, and how asking goes (a circuit that nobody has tried for five minutes
--- says nothing); events that are dead.
+-- Stripe, seconds since the oldest of those was due, and how asking goes; events that are dead.
 SELECT (SELECT coalesce(sum(received - processed - failed), 0) FROM webhook_counts_since('-infinity'))::bigint AS backlog,
        coalesce(greatest((SELECT extract(epoch FROM now() - min(next_try_at)) FROM webhook_unfinished
                           WHERE next_try_at IS NOT NULL), 0), 0)::float8 AS oldest_due_seconds,
@@ -348,8 +359,7 @@ SELECT (SELECT coalesce(sum(received - processed - failed), 0) FROM webhook_coun
            AS waiting_reads,
        coalesce(greatest((SELECT extract(epoch FROM now() - min(read_due_at)) FROM webhook_events
                           WHERE read_due_at IS NOT NULL), 0), 0)::float8 AS oldest_unread_seconds,
-       coalesce((SELECT (opened_at IS NOT NULL)::int FROM webhook_api_budget
-                 WHERE open_until > now() - interval '5 minutes'), 0) AS circuit_open,
+       (webhook_circuit_opened_at() IS NOT NULL)::int AS circuit_open,
        (SELECT count(*) FROM (SELECT FROM webhook_unfinished WHERE next_try_at IS NULL LIMIT 100000) AS dead)::bigint AS dead,
        coalesce((SELECT sum(greatest(missed, found)) FROM webhook_reconciliation
                  WHERE heard_at > now() - interval '1 day'), 0)::bigint AS missed;

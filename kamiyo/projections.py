@@ -430,6 +430,11 @@ async def write(db: Connection, rows: Sequence[Row], *, force: bool = False) -> 
     return before
 
 
+async def begin_to_write(db: Connection) -> None:
+    """For whoever writes to the tables in another order than TABLES': wait for a rebuild now, with nothing in hand."""
+    await db.execute(_SQL["begin_to_write"])
+
+
 async def are_held(db: Connection) -> bool:
     """Whether the tables are being made again, so that nobody else can write to them."""
     return bool(await db.fetchval(_SQL["are_held"]))

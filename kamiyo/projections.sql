@@ -222,6 +222,10 @@ SELECT NOT pg_try_advisory_xact_lock_shared(118038671810930);
 -- name: lock_tables
 LOCK TABLE billing.customers, billing.subscriptions, billing.invoices, billing.payment_methods IN EXCLUSIVE MODE;
 
+-- name: begin_to_write
+-- The same tables in the same order, for whoever will write to them in another: so neither holds what the other waits for.
+LOCK TABLE billing.customers, billing.subscriptions, billing.invoices, billing.payment_methods IN ROW EXCLUSIVE MODE;
+
 -- name: forget_customers
 -- The rows that can be made again: their last event is still here, with its body, or the read that made them is kept
 -- (its rank has stage 3). Not those that a stub made (its rank is terminal, and even): what it kept may be from events

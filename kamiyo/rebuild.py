@@ -9,12 +9,17 @@ import contextlib
 from collections.abc import Callable
 from datetime import datetime
 
+import asyncpg
+
 from kamiyo import inbox, mirror, projections, ties
 from kamiyo.database import Connection, load_queries
 from kamiyo.projections import ProjectionError
 from kamiyo.shapes import TABLES
 
 _SQL = load_queries("projections.sql")
+# Each time it must meet another transaction that does the same.
+_MOST_TRIES = 10
+
 _DAWN = datetime.fromisoformat("2000-01-01T00:00:00+00:00")
 
 
@@ -25,12 +30,21 @@ async def rebuild(
     were read.
 
     Readers see the old rows until it commits. Meanwhile deliveries are stored and acknowledged as ever, and their
-    processing waits. `progress` hears how many events are done so far. Within a transaction of the caller's nobody may
-    clean up events meanwhile.
+    processing waits. `progress` hears how many events are done so far. A handler that locks rows of several tables may
+    be waited for in a ring: then it begins anew, but not within a transaction of the caller's. Within one nobody may
+    clean up events meanwhile, either.
     """
     await db.execute(_SQL["hold_tables"])
+    tries = 1
     try:
-        return await _make_again(db, mirrored, progress)
+        while True:
+            try:
+                return await _make_again(db, mirrored, progress)
+            except asyncpg.DeadlockDetectedError:
+                # It comes while the tables are locked, and somebody locks them in another order: nothing is lost yet.
+                if tries == _MOST_TRIES or db.is_in_transaction():
+                    raise
+            tries += 1
     finally:
         if not db.is_closed():
             await db.execute(_SQL["let_go_of_tables"])

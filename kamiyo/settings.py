@@ -58,6 +58,9 @@ SHORTEST_KEY, FEWEST_KINDS_OF_LETTERS = 24, 8
 
 _PLACEHOLDER = re.compile(r"\.\.\.|…|your_|change.?me|example|secure_admin_key", re.IGNORECASE)
 
+# As a whole: what merely holds such a word may be somebody's own.
+_PRINTED = re.compile(r"(whsec_|[sr]k_(test|live)_)?(\.\.\.|…|x{3,}|your_[a-z_]+|change.?me)( or .*)?", re.IGNORECASE)
+
 # How alike a name must be to one of ours to be taken for a slip: those of others must not be.
 _ALIKE = 0.85
 
@@ -535,6 +538,29 @@ def is_placeholder(secret: str) -> bool:
     return _PLACEHOLDER.search(secret) is not None
 
 
+def in_force(settings: Settings) -> Settings:
+    """The settings as a server takes them: in production a placeholder counts as not set.
+
+    Whoever has read the guide could sign events with it, or come in as an operator.
+    """
+    if settings.development:
+        return settings
+    real: dict[str, SecretStr] = {}
+    for name in ("stripe_webhook_secret", "admin_api_key", "stripe_secret_key"):
+        given = _listed(getattr(settings, name))
+        left = [secret for secret in given if not _PRINTED.fullmatch(secret)]
+        if len(left) < len(given):
+            real[name] = SecretStr(",".join(left))
+    named = [*_by_name(settings.stripe_webhook_secrets)]
+    by_source: dict[str, list[str]] = {}
+    for source, secret in named:
+        if not _PRINTED.fullmatch(secret):
+            by_source.setdefault(source, []).append(secret)
+    if sum(map(len, by_source.values())) < len(named):
+        real["stripe_webhook_secrets"] = SecretStr(json.dumps(by_source))
+    return settings.model_copy(update=real) if real else settings
+
+
 def is_guessable(key: str) -> bool:
     """Whether a key is so short, or of so few different characters, that it can be found by trying."""
     return len(key) < SHORTEST_KEY or len(set(key)) < FEWEST_KINDS_OF_LETTERS
@@ -542,18 +568,31 @@ def is_guessable(key: str) -> bool:
 
 def doubts(settings: Settings) -> Iterator[tuple[str, str]]:
     """Variables with which a start goes well and what follows does not, each with a sentence; never a value."""
+    taken = in_force(settings)
+
+    def unset(given: object, left: object) -> str:
+        return "" if given == left else ", and so taken as not set"
+
     if any(is_placeholder(secret) for secret in settings.webhook_secrets):
         yield (
             "STRIPE_WEBHOOK_SECRET",
-            "a placeholder that anyone can read in the guide, not a signing secret of Stripe's",
+            "a placeholder that anyone can read in the guide, not a signing secret of Stripe's"
+            + unset(settings.webhook_secrets, taken.webhook_secrets),
         )
     key = settings.admin_api_key.get_secret_value()
     if key and is_placeholder(key):
-        yield "ADMIN_API_KEY", "a placeholder that anyone can read in the guide; make one with: openssl rand -hex 32"
+        yield (
+            "ADMIN_API_KEY",
+            f"a placeholder that anyone can read in the guide{unset(settings.admin_api_key, taken.admin_api_key)}; "
+            "make one with: openssl rand -hex 32",
+        )
     elif key and is_guessable(key):
         yield "ADMIN_API_KEY", "so short that it can be guessed; make one with: openssl rand -hex 32"
     if any(is_placeholder(key.key) for key in settings.api_keys):
-        yield "STRIPE_SECRET_KEY", "a placeholder, not a key of Stripe's"
+        yield (
+            "STRIPE_SECRET_KEY",
+            f"a placeholder, not a key of Stripe's{unset(settings.api_keys, taken.api_keys)}",
+        )
     if settings.database_url is None and not settings.development:
         yield (
             "DATABASE_URL",

@@ -59,6 +59,8 @@ async def project(db: Connection, told: Sequence[tuple[Event, Row]]) -> set[str]
 
 async def project_rows(db: Connection, rows: Sequence[Row]) -> set[str]:
     """The same for rows of whatever origin: events, or reads from Stripe's API."""
+    if any(row.is_stub for row in rows):
+        await projections.begin_to_write(db)  # a stub is merged when the others are written, whichever its table is
     before = await projections.write(db, projections.highest(row for row in rows if not row.is_stub))
     groups: dict[projections.Place, list[Row]] = defaultdict(list)
     for row in rows:

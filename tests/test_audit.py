@@ -10,14 +10,16 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from kamiyo import audit as auditing
 from kamiyo.audit import AT_LEAST, PRIVATE, Audited, Verdict, audit, sizes
 from kamiyo.cli.main import app as command_line
 from kamiyo.database import Connection
 from kamiyo.errors import KamiyoError
+from kamiyo.event import lane_of
 from kamiyo.shapes import COLUMNS
 from kamiyo.simulator import STORIES, World, lifecycle
 from kamiyo.worker import Worker
-from tests.conftest import MakeSettings, event_json
+from tests.conftest import MakeSettings, event_json, until
 from tests.stripe_server import KEY, StripeServer, stripe_server
 from tests.test_backfill import asking, show_world
 from tests.turns import NOW, billing, example, put, work_off, worker_on
@@ -158,6 +160,23 @@ async def test_a_customer_that_stripe_deleted_is_told_and_mended_and_a_404_is_on
     rows = await billing(db)
     assert rows["customers", "cus_gone"]["name"] == "Ada"
     assert [name for (_, name), row in rows.items() if row.get("deleted_at")] == ["cus_gone"]
+
+
+async def test_what_a_repair_had_mended_when_it_was_ended_is_written_down(
+    db: Connection, worker: Worker, stripe: StripeServer, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auditing, "_CHUNK", 1)
+    await known(db, worker, stripe, *(example("customer", id=f"cus_{number}", name="Ada") for number in (1, 2)))
+    await db.execute("UPDATE billing.customers SET name = 'x'")
+    # The second one's lane is a worker's, for as long as it takes.
+    await db.execute("SELECT pg_advisory_lock(1800432, $1)", lane_of("", "cus_2"))
+    repairing = asyncio.create_task(ask(repair=True))
+    await until(lambda: db.fetchval("SELECT true FROM billing.customers WHERE name = 'Ada'"))
+    repairing.cancel()
+    await asyncio.wait([repairing])
+    assert [tuple(row) for row in await db.fetch("SELECT action, count FROM webhook_audit")] == [("audit repair", 1)]
+    names = {name: row["name"] for (_, name), row in (await billing(db)).items()}
+    assert names == {"cus_1": "Ada", "cus_2": "x"}
 
 
 # ── What only looks so ──────────────────────────────────────────────────────────────────────────────────────────

@@ -7,12 +7,15 @@ import random
 import sys
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kamiyo import database, rebuild
 from kamiyo.backfill import COLLECTIONS, BackfillTakenOver, Filled, backfill
+from kamiyo.cli import console as commands
+from kamiyo.cli.main import main
 from kamiyo.database import Connection, Pool
 from kamiyo.event import lane_of
 from kamiyo.simulator import CURRENT_API_VERSION, World, lifecycle
@@ -82,6 +85,52 @@ def said(rows: Tables) -> Tables:
 
 def each(told: list[Filled]) -> dict[str, int]:
     return {one.collection: one.objects for one in told}
+
+
+# ── On the command line ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "words", [("backfill", "customers"), ("audit", "--sample", "100%", "--repair", "--wait", "0")], ids=" ".join
+)
+async def test_beside_a_rebuild_that_takes_over_a_minute_a_command_says_so_and_what_to_do(
+    words: tuple[str, ...],
+    db: Connection,
+    database_url: str,
+    settings: MakeSettings,
+    stripe: StripeServer,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    show_customers(stripe, 1)
+    told = example("customer", id="cus_000", name="something else", created=NOW - 1000)
+    await put(db, event_json(None, "customer.created", told, created=NOW - 500))
+    await work_off(await worker_on(database_url, settings()), db)
+    monkeypatch.setattr(commands, "PATIENCE_SECONDS", 1.0)
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"DATABASE_URL": database_url, "STRIPE_SECRET_KEY": KEY, "STRIPE_API_BASE": stripe.base}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["kamiyo", *words])
+
+    def run() -> int | str | None:
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code
+
+    other = await database.connect(database_url, application="test slow")
+    async with other.transaction():
+        # The rebuild has the billing tables, and waits for those of the mirror.
+        await other.execute("LOCK TABLE stripe_objects")
+        rebuilding = asyncio.create_task(rebuild.rebuild(db, mirrored=frozenset({"all"})))
+        waiting = "SELECT count(*) FROM pg_locks WHERE relation = 'stripe_objects'::regclass AND NOT granted"
+        await until(lambda: other.fetchval(waiting))
+        status = await asyncio.to_thread(run)
+    await other.close()
+    await rebuilding
+    said = capsys.readouterr().err
+    assert (status, "Traceback" in said) == (1, False)
+    assert "The billing tables are being made again (`kamiyo rebuild`)" in said and "Run this again" in said
 
 
 # ── Filled ──────────────────────────────────────────────────────────────────────────────────────────────────────

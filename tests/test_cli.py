@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -70,7 +71,7 @@ async def test_an_operator_sees_what_is_stuck_and_why_and_runs_it_again(kamiyo: 
     status, said = await kamiyo("events", "retry", "evt_dead", "evt_done", "evt_nowhere", "evt_retrying")
     assert status == 1, "not all of them could be"
     assert "evt_dead is back in line" in said and "evt_retrying is back in line" in said
-    assert "evt_done is processed, not failed" in said and "kamiyo replay --status processed" in said
+    assert "evt_done is processed, not failed" in said and "kamiyo replay --event" in said
     assert "Event not found: evt_nowhere" in said
     _, said = await kamiyo("events", "retry", "evt_dead")
     assert "it is in line already" in said
@@ -95,6 +96,60 @@ async def test_many_are_run_again_by_their_cause_and_only_the_dead_if_so_wanted(
     status, said = await kamiyo("replay", "--fingerprint", "beef", "--yes")
     assert (status, "1 events are back in line" in said) == (0, True)
     assert await db.fetchval("SELECT status FROM webhook_events WHERE event_id = 'evt_dead'") == "pending"
+
+
+async def test_one_event_is_run_again_by_its_id_finished_or_failed(kamiyo: Say, db: Connection) -> None:
+    await put_some(db)
+
+    async def standing() -> dict[str, str]:
+        rows = await db.fetch("SELECT event_id, status FROM webhook_events WHERE event_id IN ('evt_dead', 'evt_done')")
+        return {event_id: status for event_id, status in rows}
+
+    before = await standing()
+    status, said = await kamiyo("replay", "--event", "evt_done", "--dry-run")
+    assert (status, said) == (0, "evt_done is processed\n")
+    status, said = await kamiyo(
+        "replay", "--event", "evt_done", "--event", "evt_unread", "--event", "evt_nowhere", "-y"
+    )
+    assert status == 1, "all of them, or none"
+    assert "evt_unread is pending: it is in line already" in said and "Event not found: evt_nowhere" in said
+    status, said = await kamiyo("replay", "--event", "evt_done", "--type", "invoice.paid")
+    assert status == 2 and "leave the other filters out" in flat(said)
+    assert (await kamiyo("replay", "--event", "evt_done"))[0] == 1, "nobody said yes"
+    assert await standing() == before
+
+    status, said = await kamiyo("replay", "--event", "evt_done", "--event", "evt_dead", "--yes")
+    assert status == 0 and "evt_done is back in line; see `kamiyo events show evt_done`" in said, said
+    assert await standing() == {"evt_dead": "pending", "evt_done": "pending"}
+    done = await db.fetchrow("SELECT outcome, processed_at, attempts FROM webhook_events WHERE event_id = 'evt_done'")
+    assert tuple(done or ()) == (None, None, 0)
+    audited = await db.fetch("SELECT action, filters, count FROM webhook_audit ORDER BY id")
+    assert [(row["action"], json.loads(row["filters"]), row["count"]) for row in audited] == [
+        ("replay", {"event_id": "evt_done"}, 1),
+        ("replay", {"event_id": "evt_dead"}, 1),
+    ]
+
+
+async def test_a_cleanup_says_first_what_it_would_remove(kamiyo: Say, db: Connection) -> None:
+    await put_some(db)
+    old = await put(db, "evt_old", age=timedelta(days=60))
+    asked = "SELECT count(*), (SELECT count(*) FROM webhook_audit) FROM webhook_events"
+    before = tuple(await db.fetchrow(asked) or ())
+
+    status, said = await kamiyo("cleanup", "--days", "2", "--dry-run")
+    assert status == 0 and "2 events from more than 2 days ago would be removed" in said, said
+    told = (
+        "SELECT to_char(created_at AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS') FROM webhook_events WHERE event_id = $1"
+    )
+    first, last = await db.fetchval(told, old), await db.fetchval(told, "evt_done")
+    assert re.search(rf"with 0 bodies; received from {first}\.\d+ UTC to {last}\.\d+ UTC", said), said
+    _, said = await kamiyo("cleanup", "--days", "100", "--dry-run")
+    assert said == "0 events from more than 100 days ago would be removed\n"
+    assert tuple(await db.fetchrow(asked) or ()) == before
+
+    status, said = await kamiyo("cleanup", "--days", "2")
+    assert "2 events from more than 2 days ago are removed" in said
+    assert tuple(await db.fetchrow(asked) or ()) == (before[0] - 2, 1)
 
 
 async def test_a_time_is_how_long_ago_or_a_moment_as_it_is_shown_elsewhere(kamiyo: Say, db: Connection) -> None:

@@ -13,13 +13,15 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
 
+from bench.chaos.ground import free_ports
 from docs import generate
 from kamiyo.settings import Settings
-from tests.conftest import DEADLINE, ROOT
+from tests.conftest import DEADLINE, ROOT, Served
 
 DEPLOY = ROOT / "deploy"
 UNITS = sorted((DEPLOY / "systemd").iterdir())
@@ -140,6 +142,21 @@ def test_the_image_is_built_in_two_stages_and_runs_as_a_numbered_user_that_is_no
     assert ("ENTRYPOINT", '["kamiyo"]') in last  # no shell between SIGTERM and the server
     assert any(name == "HEALTHCHECK" and PROBED in value for name, value in last)
     assert any("--require-hashes" in value for name, value in found if name == "RUN")
+
+
+def test_the_image_is_healthy_where_its_server_listens_and_nowhere_else(server: Served) -> None:
+    [check] = [value for name, value in instructions() if name == "HEALTHCHECK"]
+    python, *words = json.loads(check.partition("CMD ")[2])
+    assert python == "python" and str(Settings.model_fields["port"].default) in words[-1]
+
+    def healthy(port: int | None) -> bool:
+        words_here = [sys.executable, *words]
+        return (
+            subprocess.run(words_here, env={"PORT": str(port)}, capture_output=True, timeout=DEADLINE).returncode == 0
+        )
+
+    [nobodys] = free_ports(1)
+    assert healthy(urlsplit(server.url).port) and not healthy(nobodys)
 
 
 def copied() -> list[str]:

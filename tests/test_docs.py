@@ -48,6 +48,8 @@ from tests.conftest import (
     settings_for,
     settled,
     signed,
+    until,
+    waiting_for_locks,
 )
 from tests.test_house import FLOORS
 from tests.turns import NOW, example, put, work_off, worker_on
@@ -486,6 +488,37 @@ async def test_the_mirrored_objects_answer_as_shown_and_keep_nothing_of_a_custom
     bodies = await db.fetchval("SELECT string_agg(payload::text, '') FROM webhook_event_payloads")
     assert await db.fetchval("SELECT count(*) FROM webhook_reads") == 0
     assert "cus_456" in bodies and "du_2" in bodies and "cus_123" not in bodies and "du_1" not in bodies
+
+
+#: In which order others lock what is theirs: a worker with KAMIYO_MIRROR, and a reader of Stripe's API.
+_WRITERS = {
+    "worker": ("billing.customers WHERE id = 'cus_123'", "stripe_objects WHERE id = 'cus_123'"),
+    "reader": ("webhook_reads WHERE object_id = 'cus_123'", "billing.customers WHERE id = 'cus_123'"),
+}
+
+
+@pytest.mark.parametrize("writer", _WRITERS)
+async def test_a_customer_is_erased_beside_whoever_writes_what_is_theirs_and_nobody_is_ended_for_it(
+    writer: str, database_url: str, db: Connection
+) -> None:
+    worker = await worker_on(database_url, settings_for(database_url, KAMIYO_MIRROR="all"))
+    await put(db, event_json(None, "customer.created", example("customer", id="cus_123"), created=NOW))
+    await work_off(worker, db)
+    await db.execute(
+        "INSERT INTO webhook_reads "
+        "VALUES ('cus_123', '', false, false, 'customer', now(), now(), NULL, 1, 'backfill', '{}')"
+    )
+    [erasing] = re.findall(r"```sql\n(.*?)```", section(MAINTENANCE, "## Erase a customer"), re.DOTALL)
+    first, second = (f"SELECT FROM {rows} FOR UPDATE" for rows in _WRITERS[writer])
+    async with db.transaction():
+        await db.execute(first)
+        erased = asyncio.create_task(asyncio.to_thread(psql, database_url, erasing))
+        await until(lambda: waiting_for_locks(db))
+        await db.execute(second)
+    await erased
+    kept = "SELECT email FROM billing.customers WHERE id = 'cus_123'"
+    assert await db.fetch("SELECT FROM stripe_objects") == [] and await db.fetchval(kept) is None
+    assert await db.fetch("SELECT FROM webhook_reads") == []
 
 
 #: What a block of commands may do to a machine here. The others are Stripe's, or change the system.

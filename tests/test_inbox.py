@@ -273,7 +273,7 @@ async def test_next_due_counts_down_to_what_waits_and_is_nothing_when_nothing_do
 # ── By hand ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def audits(db: Connection) -> list[tuple[str, dict[str, str], int]]:
+async def audits(db: Connection) -> list[tuple[str, dict[str, str | int], int]]:
     rows = await db.fetch("SELECT action, filters, count FROM webhook_audit ORDER BY id")
     return [(row["action"], json.loads(row["filters"]), row["count"]) for row in rows]
 
@@ -402,6 +402,28 @@ async def test_a_replay_leaves_alone_what_a_worker_is_just_claiming_and_waits_fo
     assert await statuses(db) == {**dict.fromkeys(names, "pending"), "evt_4": "failed"}
 
 
+async def test_what_a_replay_or_a_cleanup_had_done_when_its_connection_broke_is_in_the_audit(
+    db: Connection, other: Connection, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inbox, "CHUNK", 4)
+    names = [f"evt_{n:02}" for n in range(10)]
+    await put(db, *(event(name, customer=name) for name in names))
+    await processed(db, *names)
+    with pytest.raises(asyncpg.InterfaceError):
+        await inbox.replay(other, Filters(status="processed"), progress=lambda done: other.terminate())
+    assert list((await statuses(db)).values()).count("pending") == 4
+    assert await audits(db) == [("replay", {"status": "processed"}, 4)]
+
+    await db.execute("UPDATE webhook_events SET created_at = created_at - interval '40 days'")
+    third = await database.connect(database_url, application="test cleanup")
+    with pytest.raises(asyncpg.InterfaceError):
+        await inbox.clean_up(third, 30, progress=lambda done: third.terminate())
+    assert len(await statuses(db)) == 6
+    assert (await audits(db))[1:] == [("cleanup", {"days": 30}, 4)]
+    assert await inbox.clean_up(db, 30) == 2
+    assert (await audits(db))[2:] == [("cleanup", {"days": 30}, 2)]
+
+
 @pytest.mark.parametrize(("filters", "fingerprint", "names"), [one for one in _FILTERS if one[1] is None])
 async def test_the_list_shows_what_its_filters_say_newest_first_page_by_page(
     filters: Filters, fingerprint: None, names: str, mixed: Connection
@@ -455,6 +477,20 @@ async def test_pruning_takes_the_bodies_along_and_what_is_left_keeps_its_own(
     [(left,)] = await db.fetch("SELECT event_id FROM webhook_events JOIN webhook_payloads USING (seq, created_at)")
     assert left == "evt_new"
     assert await db.fetchval("SELECT count(*) FROM webhook_payloads") == 1
+
+
+async def test_what_a_cleanup_would_remove_is_counted_and_nothing_is_changed(db: Connection) -> None:
+    assert await inbox.count_prunable(db, 0) == inbox.Prunable(0, 0, None, None)
+    await put(db, event("evt_1"))
+    await put(db, event("evt_2"), event("evt_3", "invoice.voided", "cus_2"))
+    await processed(db, "evt_1", "evt_2")
+    [first, last] = [(await row_of(db, name))["created_at"] for name in ("evt_1", "evt_2")]
+    assert await inbox.count_prunable(db, 0) == inbox.Prunable(2, 2, first, last)
+    await db.execute("DELETE FROM webhook_payloads WHERE created_at = $1", first)
+    assert await inbox.count_prunable(db, 0) == inbox.Prunable(2, 1, first, last)
+    assert await inbox.count_prunable(db, 1) == inbox.Prunable(0, 0, None, None)
+    assert len(await statuses(db)) == 3
+    assert await inbox.clean_up(db, 0) == 2
 
 
 async def test_an_event_that_was_pruned_is_known_for_as_long_as_stripe_can_send_it_again(

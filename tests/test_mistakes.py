@@ -170,6 +170,37 @@ async def test_a_role_that_may_not_is_named_with_its_database_and_what_to_do(new
         await db.close()
 
 
+async def test_a_command_that_the_database_refuses_says_why_and_what_to_do_and_shows_no_traceback(
+    database_url: str, db: Connection, tmp_path: Path
+) -> None:
+    role = "kamiyo_mistakes_reader"
+    await db.execute(
+        f"DROP ROLE IF EXISTS {role}; CREATE ROLE {role}; GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role}"
+    )
+    try:
+        for words, session, said in (
+            ("cleanup", "default_transaction_read_only=on", "It is a standby, or default_transaction_read_only is on."),
+            ("cleanup", f"role={role}", "docs/deploy.md lists under"),
+            ("rebuild", "lock_timeout=200", "pg_locks says who"),
+            ("rebuild", "statement_timeout=3000", "give the role more time"),
+        ):
+            async with db.transaction():
+                await db.execute("LOCK TABLE webhook_reads")
+                url = f"{database_url}{'&' if '?' in database_url else '?'}{session}"
+                status, _, told = await asyncio.to_thread(kamiyo, tmp_path, words, DATABASE_URL=url)
+            assert (status, "Traceback" in told, said in told) == (1, False, True), f"{words} {session}: {told}"
+    finally:
+        await db.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+
+def test_a_command_that_finds_no_database_says_where_it_looked(tmp_path: Path) -> None:
+    for words in (("backfill", "all"), ("audit",), ("reconcile",), ("events", "list"), ("rebuild",)):
+        nowhere = {"DATABASE_URL": "postgresql://nobody:hunter2@127.0.0.1:1/none", "STRIPE_SECRET_KEY": "sk_test_1"}
+        status, _, told = kamiyo(tmp_path, *words, **nowhere)
+        assert (status, "Traceback" in told, "hunter2" in told) == (1, False, False), told
+        assert "Cannot connect to PostgreSQL: ConnectionRefusedError" in told and "Check DATABASE_URL" in told
+
+
 async def test_an_event_that_is_not_there_is_named(db: Connection) -> None:
     with pytest.raises(EventUnknown, match="Event not found: evt_nowhere"):
         await inbox.one(db, "evt_nowhere")

@@ -4,10 +4,11 @@ And they end true, equal to what the simulated Stripe last said of each object, 
 """
 
 import asyncio
+import contextlib
 import json
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import permutations, zip_longest
@@ -523,3 +524,75 @@ async def test_a_cleanup_in_the_middle_of_a_rebuild_takes_no_row_with_it(
     await other.close()
     assert await rebuilding == 1
     assert (await billing(db), await db.fetch("SELECT * FROM stripe_objects")) == before
+
+
+async def tables_wanted(db: Connection, table: str) -> int:
+    """How many sessions wait for a lock on this table."""
+    return int(
+        await db.fetchval("SELECT count(*) FROM pg_locks WHERE relation = $1::text::regclass AND NOT granted", table)
+    )
+
+
+@contextlib.asynccontextmanager
+async def connections(url: str, *names: str) -> AsyncIterator[list[Connection]]:
+    opened = [await database.connect(url, application=f"test {name}") for name in names]
+    try:
+        yield [*opened]
+    finally:
+        for connection in opened:
+            await connection.close()
+
+
+async def test_a_rebuild_and_a_worker_that_merges_a_deletion_never_wait_for_each_other(
+    db: Connection, database_url: str, settings: MakeSettings
+) -> None:
+    worker = await worker_on(database_url, settings())
+    renewed = example("subscription", id="sub_1", customer="cus_2")
+    gone = example("deleted_customer", id="cus_1")
+    told = (("customer.subscription.updated", renewed), ("customer.deleted", gone))
+    await inbox.put(db, [read(event_json(None, kind, shown, created=NOW)) for kind, shown in told])
+    # Should there be a ring, it is the rebuild that is ended; in a transaction of the caller's it does not begin anew.
+    await db.execute("SET deadlock_timeout = '10ms'")
+
+    async def rebuilt() -> int:
+        async with db.transaction():
+            return await rebuild.rebuild(db)
+
+    async with connections(database_url, "worker", "gate") as (hand, gate):
+        async with gate.transaction():
+            await gate.execute("LOCK TABLE billing.customers IN SHARE ROW EXCLUSIVE MODE")
+            rebuilding = asyncio.create_task(rebuilt())
+            await until(lambda: tables_wanted(gate, "billing.customers"))
+            working = asyncio.create_task(worker.run_once(hand))
+
+            async def both() -> bool:
+                return await tables_wanted(gate, "billing.customers") == 2
+
+            await until(both)
+        assert (await rebuilding, await working) == (2, 2)
+    assert {name for _, name in await billing(db)} == {"sub_1", "cus_1"}
+
+
+async def test_a_rebuild_that_is_ended_because_it_and_a_handler_waited_for_each_other_begins_anew(
+    db: Connection, database_url: str, settings: MakeSettings
+) -> None:
+    await inbox.put(db, [read(event_json(None, "customer.created", example("customer", id="cus_1"), created=NOW))])
+    await work_off(await worker_on(database_url, settings()), db)
+    before = await billing(db)
+    await db.execute("SET deadlock_timeout = '10ms'")
+    async with connections(database_url, "handler", "gate") as (handler, gate), handler.transaction():
+        await handler.execute("SET deadlock_timeout = '1min'")
+        await handler.execute("SELECT FROM billing.subscriptions FOR UPDATE")
+        async with gate.transaction():
+            await gate.execute("LOCK TABLE billing.customers IN SHARE ROW EXCLUSIVE MODE")
+            rebuilding = asyncio.create_task(rebuild.rebuild(db))
+            await until(lambda: tables_wanted(gate, "billing.customers"))
+            asking = asyncio.create_task(handler.execute("SELECT FROM billing.customers FOR UPDATE"))
+
+            async def both() -> bool:
+                return await tables_wanted(gate, "billing.customers") == 2
+
+            await until(both)
+        await asking
+    assert await rebuilding == 1
+    assert await billing(db) == before

@@ -172,6 +172,26 @@ async def test_the_forged_the_replayed_and_the_oversized_write_nothing(
     assert await rows_written(db) == before
 
 
+@pytest.mark.parametrize(("environment", "status"), [("production", 503), ("development", 200)])
+async def test_who_has_read_the_guide_can_sign_nothing_and_is_no_operator_in_production(
+    environment: str, status: int, database_url: str, settings: MakeSettings, log: Log
+) -> None:
+    printed = {"STRIPE_WEBHOOK_SECRET": "whsec_...", "ADMIN_API_KEY": "your_secure_admin_key_here"}
+    async with running_client(create_app(settings(**printed, KAMIYO_ENV=environment))) as client:
+        body = event_json()
+        forged = await client.post(
+            f"{PREFIX}/stripe", content=body, headers=signed(body, printed["STRIPE_WEBHOOK_SECRET"])
+        )
+        assert forged.status_code == status, forged.text
+        asked = await client.get(f"{PREFIX}/statistics", headers={"X-Admin-Key": printed["ADMIN_API_KEY"]})
+        assert asked.status_code == status, asked.text
+        signing_in = {"key": printed["ADMIN_API_KEY"], "next": ""}
+        assert ((await client.post("/dashboard/sign-in", data=signing_in)).status_code == 303) == (status == 200)
+    doubted = {line["variable"]: line["reason"] for line in log() if line["event"] == "setting_doubtful"}
+    for variable in printed:
+        assert ("taken as not set" in doubted[variable]) == (status == 503)
+
+
 async def test_wrong_admin_keys_are_answered_later_each_time_and_the_right_one_never(
     client: httpx.AsyncClient, log: Log
 ) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import SecretStr, ValidationError
 
 from kamiyo.errors import SettingsError
-from kamiyo.settings import Environment, Settings, doubts, env_example, load_settings
+from kamiyo.settings import Environment, Settings, doubts, env_example, in_force, load_settings
 from tests.conftest import ROOT
 
 VARIABLES = {str(field.validation_alias): name for name, field in Settings.model_fields.items()}
@@ -176,6 +176,33 @@ def test_what_starts_well_and_cannot_go_well_is_doubted_by_its_name_alone(
     found = dict(doubts(load_settings()))
     assert list(found) == doubted
     assert not any(value in sentence for sentence in found.values() for value in variables.values() if len(value) > 4)
+
+
+def test_in_production_what_the_guide_prints_counts_as_not_set_and_nothing_else_does() -> None:
+    printed = {
+        "STRIPE_WEBHOOK_SECRET": "whsec_..., whsec_your_webhook_secret,whsec_1",
+        "STRIPE_WEBHOOK_SECRETS": '{"platform": "whsec_…", "connect": ["whsec_xxx", "whsec_2"]}',
+        "ADMIN_API_KEY": "your_secure_admin_key_here",
+        "STRIPE_SECRET_KEY": "sk_test_... or sk_live_...",
+    }
+    taken = in_force(load_settings(**printed))
+    assert [(one.source, one.secret) for one in taken.signing_secrets] == [
+        ("connect", "whsec_2"),
+        ("webhook", "whsec_1"),
+    ]
+    assert (taken.admin_api_key.get_secret_value(), taken.api_keys) == ("", ())
+    said = dict(doubts(load_settings(**printed)))
+    assert all(
+        "taken as not set" in said[name] for name in ("STRIPE_WEBHOOK_SECRET", "ADMIN_API_KEY", "STRIPE_SECRET_KEY")
+    )
+
+    own = {
+        "ADMIN_API_KEY": "example-0f1e2d3c4b5a",
+        "STRIPE_WEBHOOK_SECRET": "whsec_test",
+        "STRIPE_SECRET_KEY": "sk_test_1",
+    }
+    for settings in (load_settings(**own), load_settings(**printed, KAMIYO_ENV="development")):
+        assert in_force(settings) == settings
 
 
 def test_a_slip_in_the_file_is_found_as_well(tmp_path: Path) -> None:

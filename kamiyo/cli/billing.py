@@ -15,14 +15,14 @@ from rich.text import Text
 
 from kamiyo import audit as auditing
 from kamiyo import backfill as filling
-from kamiyo import database
+from kamiyo import projections
 from kamiyo.audit import Audited, Difference, Finding, Verdict
 from kamiyo.backfill import Filled
-from kamiyo.cli.console import console, progressing, settings_for_commands
+from kamiyo.cli.console import console, pooled, progressing, settings_for_commands
 from kamiyo.database import Pool
+from kamiyo.errors import KamiyoError
 from kamiyo.settings import Settings
 from kamiyo.stripe_api import StripeApi
-from kamiyo.web.system import database_url
 
 _AccountOption = Annotated[
     str, typer.Option(help="A connected account (acct_…).  [default: the account of STRIPE_SECRET_KEY]")
@@ -31,6 +31,16 @@ _LivemodeOption = Annotated[
     bool | None,
     typer.Option("--livemode/--testmode", help="The mode to read.  [default: that of the account's first key]"),
 ]
+
+
+class RebuildGoingOn(KamiyoError):
+    """Nobody else can write to the billing tables while they are made again."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The billing tables are being made again (`kamiyo rebuild`), and until that is done nobody else can write "
+            "to them. What was written before stays. Run this again when the rebuild is done."
+        )
 
 
 class What(StrEnum):
@@ -157,25 +167,24 @@ def _share(text: str) -> float:
 
 @asynccontextmanager
 async def _asking(settings: Settings, account: str, livemode: bool | None) -> AsyncIterator[tuple[Pool, StripeApi]]:
-    """A pool on the configured or the embedded database, its migrations complete, and Stripe's API in that mode."""
+    """A pool on the configured or the embedded database, its migrations complete, and Stripe's API in that mode.
+
+    Raises RebuildGoingOn where the tables could not be written to for that.
+    """
     if livemode is None:
         livemode = next((key.livemode for key in settings.api_keys if key.account == account), None)
-    async with database_url(settings) as url:
-        # Room for the requests that are on their way at once: each takes its token of the budget from the database.
-        pool = await database.open_pool(url, size=settings.pool_size, application="kamiyo cli", idle_limit=60)
+    # Room for the requests that are on their way at once: each takes its token of the budget from the database.
+    async with pooled(settings) as pool:
+        api = StripeApi(pool, settings, livemode=livemode)
         try:
+            yield pool, api
+        except TimeoutError as error:
             async with pool.acquire(timeout=10) as db:
-                if settings.auto_migrate:
-                    await database.migrate(db)
-                else:
-                    await database.require_migrations(db)
-            api = StripeApi(pool, settings, livemode=livemode)
-            try:
-                yield pool, api
-            finally:
-                await api.close()
+                if await projections.are_held(db):
+                    raise RebuildGoingOn from error
+            raise
         finally:
-            pool.terminate()
+            await api.close()
 
 
 # ── What is told ────────────────────────────────────────────────────────────────────────────────────────────────

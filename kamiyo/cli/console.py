@@ -23,8 +23,12 @@ from rich.progress import (
 from rich.table import Table
 
 from kamiyo import database
+from kamiyo.database import Pool
 from kamiyo.settings import Settings, load_settings
 from kamiyo.web.system import database_url
+
+#: How long an answer may take over a pool's connection; a command that has only one waits as long as it takes.
+PATIENCE_SECONDS = 60.0
 
 # Never narrower than this: a line that the terminal wraps can still be copied, an id that was cut off cannot.
 _NARROWEST = 150
@@ -98,17 +102,38 @@ def _development_file(data_dir: Path) -> Path:
 @asynccontextmanager
 async def connected(settings: Settings) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
     """A connection to the configured or the embedded database, its migrations complete."""
+    async with database_url(settings) as url, _connection(url, settings) as db:
+        yield db
+
+
+@asynccontextmanager
+async def pooled(settings: Settings) -> AsyncIterator[Pool]:
+    """A pool of connections to it, for commands that do several things at once."""
     async with database_url(settings) as url:
-        db = await database.connect(url, application="kamiyo cli")
+        # One connection first: what keeps it from being made is said in a sentence.
+        async with _connection(url, settings):
+            pass
+        pool = await database.open_pool(
+            url, size=settings.pool_size, application="kamiyo cli", idle_limit=PATIENCE_SECONDS
+        )
         try:
-            if settings.auto_migrate:
-                # Said, because whoever only wanted to look may have named the wrong database.
-                await database.migrate(db, report=lambda name: complain(f"applied {name}: the database had it not yet"))
-            else:
-                await database.require_migrations(db)
-            yield db
+            yield pool
         finally:
-            await db.close()
+            pool.terminate()
+
+
+@asynccontextmanager
+async def _connection(url: str, settings: Settings) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
+    db = await database.connect(url, application="kamiyo cli")
+    try:
+        if settings.auto_migrate:
+            # Said, because whoever only wanted to look may have named the wrong database.
+            await database.migrate(db, report=lambda name: complain(f"applied {name}: the database had it not yet"))
+        else:
+            await database.require_migrations(db)
+        yield db
+    finally:
+        await db.close()
 
 
 def print_whole(table: Table) -> None:

@@ -13,10 +13,18 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from kamiyo import database, handlers, inbox
+from kamiyo import handlers, inbox
 from kamiyo import rebuild as rebuilding
 from kamiyo import reconcile as reconciling
-from kamiyo.cli.console import complain, connected, console, print_whole, progressing, settings_for_commands
+from kamiyo.cli.console import (
+    complain,
+    connected,
+    console,
+    pooled,
+    print_whole,
+    progressing,
+    settings_for_commands,
+)
 from kamiyo.database import Connection
 from kamiyo.errors import AdminError
 from kamiyo.event import decode
@@ -27,7 +35,6 @@ from kamiyo.web.admin import detail_of, summary_of
 from kamiyo.web.dashboard import attention, changes, queries
 from kamiyo.web.dashboard.attention import Advice
 from kamiyo.web.models import EventSummary
-from kamiyo.web.system import database_url
 
 app = typer.Typer(help="See what came in, and run failed events again.", no_args_is_help=True)
 
@@ -222,28 +229,21 @@ def retry_event(
     event_id: Annotated[list[str], typer.Argument(help="The failed event's id (evt_…), or several.")],
 ) -> None:
     """Run failed events again, each with five new tries. Exit status 1 when one could not be."""
-
-    async def again(db: Connection) -> bool:
-        refused = False
-        for one in event_id:
-            try:
-                await inbox.retry(db, one)
-            except AdminError as error:
-                complain(str(error))
-                refused = True
-            else:
-                console.print(f"{one} is back in line; see `kamiyo events show {one}`", highlight=False)
-        return refused
-
-    if _with_database(again):
-        raise typer.Exit(1)
+    _each(event_id, inbox.retry, _back_in_line)
 
 
 def replay(
     status: Annotated[
-        State,
-        typer.Option(help="failed, of these retrying or dead alone, or processed to run finished events again."),
-    ] = State.failed,
+        State | None,
+        typer.Option(
+            help="failed, of these retrying or dead alone, or processed to run finished events again.  "
+            "[default: failed]"
+        ),
+    ] = None,
+    event: Annotated[
+        list[str] | None,
+        typer.Option(help="This event (evt_…), failed or processed, and no other filter. May be said several times."),
+    ] = None,
     event_type: _TypeOption = None,
     customer: _CustomerOption = None,
     object_id: _ObjectOption = None,
@@ -260,8 +260,16 @@ def replay(
 ) -> None:
     """Run many events again: the failed ones, or those that the filters name. Counts first, and asks.
 
-    Handlers of processed events run once more for each; the billing tables are the same afterwards.
+    Handlers of processed events run once more for each; the billing tables are the same afterwards. Exit status 1 when
+    an event named by --event could not be run again.
     """
+    if event:
+        given = (status, event_type, customer, object_id, account, context, livemode, since, until, fingerprint)
+        if any(one is not None for one in given):
+            raise typer.BadParameter("it names the events by itself: leave the other filters out", param_hint="--event")
+        _replay_named(list(dict.fromkeys(event)), dry_run=dry_run, yes=yes)
+        return
+    status = status or State.failed
     if status not in REPLAYABLE:
         raise typer.BadParameter(
             f"what is {status.value} is in line already; it takes {', '.join(REPLAYABLE)}", param_hint="--status"
@@ -277,6 +285,40 @@ def replay(
     with progressing("back in line", count) as progress:
         done = _with_database(lambda db: inbox.replay(db, filters, fingerprint, progress=progress))
     console.print(f"{done} events are back in line", highlight=False)
+
+
+def _replay_named(event_ids: Sequence[str], *, dry_run: bool, yes: bool) -> None:
+    _each(event_ids, inbox.require_replayable, lambda event_id, status: f"{event_id} is {status.value}")
+    if dry_run:
+        return
+    if not yes:
+        typer.confirm("Run it again?" if len(event_ids) == 1 else "Run them again?", abort=True)
+    _each(event_ids, inbox.replay_one, _back_in_line)
+
+
+def _back_in_line(event_id: str, _: None) -> str:
+    return f"{event_id} is back in line; see `kamiyo events show {event_id}`"
+
+
+def _each(
+    event_ids: Sequence[str], work: Callable[[Connection, str], Awaitable[_T]], said: Callable[[str, _T], str]
+) -> None:
+    """Do something with each event, and say what it came to; exit status 1 where it was refused for one."""
+
+    async def one_by_one(db: Connection) -> bool:
+        refused = False
+        for event_id in event_ids:
+            try:
+                came_to = await work(db, event_id)
+            except AdminError as error:
+                complain(str(error))
+                refused = True
+            else:
+                console.print(said(event_id, came_to), highlight=False)
+        return refused
+
+    if _with_database(one_by_one):
+        raise typer.Exit(1)
 
 
 #: Stripe forgets events after so long.
@@ -303,24 +345,18 @@ def reconcile(
     begin = int(max(since, datetime.now(UTC) - _STRIPE_KEEPS).timestamp()) if since else None
 
     async def compare() -> Compared | None:
-        async with database_url(settings) as url:
-            pool = await database.open_pool(url, size=4, application="kamiyo reconcile", idle_limit=60)
+        async with pooled(settings) as pool:
+            api = StripeApi(pool, settings)
             try:
-                async with pool.acquire() as db:
-                    await database.migrate(db)
-                api = StripeApi(pool, settings)
-                try:
-                    return await reconciling.reconcile(
-                        *(pool, api),
-                        since=begin,
-                        own_account=settings.stripe_account_id,
-                        mirrored=settings.mirrored,
-                        progress=progress,
-                    )
-                finally:
-                    await api.close()
+                return await reconciling.reconcile(
+                    *(pool, api),
+                    since=begin,
+                    own_account=settings.stripe_account_id,
+                    mirrored=settings.mirrored,
+                    progress=progress,
+                )
             finally:
-                await pool.close()
+                await api.close()
 
     handlers.load(settings.handler_modules)
     with progressing("events compared") as progress:
@@ -355,16 +391,20 @@ def rebuild() -> None:
 
 def cleanup(
     days: Annotated[int, typer.Option(help="Remove what was received more than this many days ago.", min=1)] = 30,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count.")] = False,
 ) -> None:
     """Remove old processed events with their bodies. Never touches an event that is not processed."""
+    if dry_run:
+        found = _with_database(lambda db: inbox.count_prunable(db, days))
+        console.print(f"{found.events} events from more than {days} days ago would be removed", highlight=False)
+        if found.events:
+            console.print(
+                f"with {found.bodies} bodies; received from {_said(found.first)} to {_said(found.last)}",
+                highlight=False,
+            )
+        return
     with progressing("removed") as progress:
-
-        async def prune(db: Any) -> int:
-            done = await inbox.prune(db, datetime.now(UTC) - timedelta(days=days), progress=progress)
-            await inbox.audit(db, "cleanup", {"days": days}, done)
-            return done
-
-        done = _with_database(prune)
+        done = _with_database(lambda db: inbox.clean_up(db, days, progress=progress))
     console.print(f"{done} events from more than {days} days ago are removed", highlight=False)
 
 

@@ -20,7 +20,7 @@ from kamiyo import database, handlers, telemetry
 from kamiyo.cli.console import complain, console, make_development_secrets, settings_for_commands
 from kamiyo.database import UNAVAILABLE
 from kamiyo.errors import DatabaseUnavailable, SettingsError
-from kamiyo.settings import Settings, load_settings
+from kamiyo.settings import Settings, in_force, load_settings
 from kamiyo.web.system import TO_FINISH, database_url, running
 from kamiyo.web.wire import WireProtocol
 
@@ -50,14 +50,17 @@ def serve(
     if settings.development:
         made = make_development_secrets(settings)
         settings = load_settings()
+    given, settings = settings, in_force(settings)
     if not settings.any_door_open:
+        what = "a placeholder, which anyone could sign with," if given.any_door_open else "not set,"
         raise SettingsError(
-            "STRIPE_WEBHOOK_SECRET is not set, so no delivery could be verified. Copy the signing secret (whsec_…) of "
+            f"STRIPE_WEBHOOK_SECRET is {what} so no delivery could be verified. Copy the signing secret (whsec_…) of "
             "your endpoint from the Stripe dashboard, or of `stripe listen`, into .env. To try Kamiyo without Stripe: "
             "`make run`, or `kamiyo serve --dev`."
         )
     if not settings.admin_api_key.get_secret_value():
-        complain("ADMIN_API_KEY is not set: the calls of operators answer 503 until it is.")
+        what = "a placeholder, and so taken as not set" if given.admin_api_key.get_secret_value() else "not set"
+        complain(f"ADMIN_API_KEY is {what}: the calls of operators answer 503 until it is.")
     _require_port(settings)
     directory = telemetry.shared_metrics_directory() if workers > 1 else None
     options: dict[str, Any] = {

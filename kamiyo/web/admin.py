@@ -335,8 +335,7 @@ def admin_router(current: Callable[[], System | None], settings: Callable[[], Se
     async def cleanup(days: Annotated[int, Query(ge=1, le=3650)] = 30) -> dict[str, Any]:
         """Never touches an event that is not processed. Ids are remembered for as long as Stripe may send them."""
         async with connection() as db:
-            deleted = await inbox.prune(db, datetime.now(UTC) - timedelta(days=days))
-            await inbox.audit(db, "cleanup", {"days": days}, deleted)
+            deleted = await inbox.clean_up(db, days)
         happened("events_pruned", count=deleted, days=days)
         return {"status": "success", "deleted_count": deleted, "older_than_days": days}
 

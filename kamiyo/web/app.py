@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 from kamiyo import __version__, telemetry
 from kamiyo.errors import KamiyoError
-from kamiyo.settings import Settings, load_settings
+from kamiyo.settings import Settings, in_force, load_settings
 from kamiyo.web import models
 from kamiyo.web.admin import admin_router
 from kamiyo.web.dashboard import Dashboard, create_dashboard
@@ -98,8 +98,12 @@ def _router(settings: Settings | None) -> tuple[APIRouter, StripeEndpoint, Dashb
     current: System | None = None
 
     @cache
-    def effective() -> Settings:
+    def given() -> Settings:
         return settings or load_settings()
+
+    @cache
+    def effective() -> Settings:
+        return in_force(given())
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -108,8 +112,9 @@ def _router(settings: Settings | None) -> tuple[APIRouter, StripeEndpoint, Dashb
             yield  # this very router, included a second time
             return
         # An application that is started again reads the environment again.
+        given.cache_clear()
         effective.cache_clear()
-        async with _system_of(app, effective()) as system, dashboard.running(system):
+        async with _system_of(app, given()) as system, dashboard.running(system):
             current = system
             try:
                 yield
@@ -150,7 +155,7 @@ async def _system_of(app: FastAPI, settings: Settings) -> AsyncIterator[System]:
     Routers with different settings have a system each.
     """
     before: System | None = getattr(app.state, "kamiyo", None)
-    if before is not None and before.settings == settings:
+    if before is not None and before.settings == in_force(settings):
         yield before
         return
     async with running(settings) as system:

@@ -23,7 +23,7 @@ from kamiyo.postgres import EmbeddedPostgres
 from kamiyo.reader import Reader
 from kamiyo.receive import Receiver
 from kamiyo.reconcile import keep_reconciling
-from kamiyo.settings import Settings, doubts
+from kamiyo.settings import Settings, doubts, in_force
 from kamiyo.shadow import ShadowReceiver
 from kamiyo.stripe_api import StripeApi
 from kamiyo.telemetry import happened
@@ -77,6 +77,8 @@ async def running(settings: Settings) -> AsyncIterator[System]:
     stop the start: deliveries are answered 503 until it is back.
     """
     telemetry.configure_logging(level=settings.log_level, log_format=settings.log_format.value)
+    doubted = [*doubts(settings)]
+    settings = in_force(settings)
     handlers.load(settings.handler_modules)
     telemetry.label_types(handlers.registry.types())
     traces = tracing.start(settings)
@@ -112,7 +114,7 @@ async def running(settings: Settings) -> AsyncIterator[System]:
                     mirrored=settings.mirrored,
                 )
                 aside.append(asyncio.create_task(comparing, name="kamiyo reconcile"))
-            for variable, reason in doubts(settings):
+            for variable, reason in doubted:
                 happened("setting_doubtful", variable=variable, reason=reason)
             happened("started", worker=settings.worker, environment=settings.environment.value)
             # Longer than a handler may take, so that only one that the limit cannot reach is met by it.

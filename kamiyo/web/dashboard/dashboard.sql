@@ -34,12 +34,11 @@ SELECT queue.*, oldest.event_id AS oldest_event_id,
        -- Lanes in the hands of workers: none, while events are overdue, says that no worker is at work.
        (SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND classid = 1800432 AND objsubid = 2
           AND database = (SELECT oid FROM pg_database WHERE datname = current_database())) AS lanes_held,
-       -- What waits for Stripe's API, and since when that does not answer. A circuit that nobody has tried for five minutes
-       -- says nothing: whoever asked may have no key any more.
+       -- What waits for Stripe's API, and since when that does not answer.
        (SELECT count(*) FROM (SELECT FROM webhook_events WHERE read_due_at <= now() LIMIT $1) AS unread) AS unread,
        coalesce((SELECT greatest(extract(epoch FROM now() - min(read_due_at)), 0) FROM webhook_events
                  WHERE read_due_at IS NOT NULL), 0)::float8 AS oldest_unread_seconds,
-       (SELECT opened_at FROM webhook_api_budget WHERE open_until > now() - interval '5 minutes') AS circuit_opened_at,
+       webhook_circuit_opened_at() AS circuit_opened_at,
        now() AS now
 FROM queue LEFT JOIN oldest ON true;
 
