@@ -95,6 +95,8 @@ async def plan(db: Connection, name: str, *values: Any) -> str:
         await queries.limit(db, 5)
         whose, _, question = name.rpartition(": ")
         query = {"": queries._SQL, "alerts": alerts._SQL, "inbox": inbox._SQL}[whose][question]
+        if question in ("list", "newer_events"):
+            query = inbox.of_unfinished(query, values[0])
         return "\n".join(line for (line,) in await db.fetch("EXPLAIN " + query, *values))
 
 
@@ -110,7 +112,8 @@ async def test_a_page_of_events_is_found_by_an_index_whatever_it_is_narrowed_to(
 ) -> None:
     for name, at in (("inbox: list", (None, None)), ("inbox: list", position()), ("newer_events", position())):
         found = await plan(ledger, name, *search.values(), *at, queries.PAGE + 1)
-        assert "Seq Scan on webhook" not in found, found
+        # What is not finished is little here, and what is little may be read from end to end.
+        assert not re.search(r"Seq Scan on webhook(?!_unfinished)", found), found
         assert "Scan" in found
 
 
@@ -191,7 +194,7 @@ async def test_the_first_page_reads_a_few_thousand_events_at_most_however_many_t
         read: list[float] = []
 
         def collect(node: dict[str, Any], read: list[float] = read) -> None:
-            if node.get("Relation Name") == "webhook_events":
+            if node.get("Relation Name") in ("webhook_events", "webhook_unfinished"):
                 read.append(node["Actual Rows"] * node["Actual Loops"])
             for child in node.get("Plans", []):
                 collect(child)
