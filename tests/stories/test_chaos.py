@@ -12,7 +12,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,12 +22,13 @@ import asyncpg
 import pytest
 
 from bench.chaos.broken import FAULTS
-from bench.chaos.judge import Asked, bear_witness, judge, prepare, questions
+from bench.chaos.judge import Asked, Verdict, bear_witness, judge, prepare, questions
+from bench.chaos.operators import Ran
 from bench.chaos.proxy import carrying
 from bench.chaos.schedule import schedule
 from bench.chaos.stripe import Stripe
 from bench.chaos.stripe_api import KEY, Control, Mood, Objects, SimulatedApi, answering
-from bench.chaos.traffic import Told, live, traffic
+from bench.chaos.traffic import Told, Traffic, live, traffic
 from kamiyo import database, inbox
 from kamiyo.cli import chaos as command
 from kamiyo.database import Connection
@@ -86,9 +89,10 @@ def test_a_storm_loses_nothing_doubles_nothing_and_applies_nothing_backwards() -
         said, narrated = storm.communicate(timeout=110)
     last = _LAST_LINE.fullmatch(said.splitlines()[-1])
     assert last is not None, said + narrated
-    reads = dict(word.split("=") for word in said.splitlines()[-2].split())
-    assert int(reads["twins"]) > 50
-    assert int(reads["reads"]) > 20
+    counts = {word.partition("=")[0]: int(word.partition("=")[2]) for word in said.splitlines()[-2].split()}
+    assert counts["twins"] > 50
+    assert counts["reads"] > 20
+    assert counts["commands"] > 3
     events, kills, duplicates, *faults = map(int, last.groups())
     assert faults == [0] * 5, said
     assert storm.returncode == 0
@@ -129,6 +133,8 @@ def test_the_seed_decides_the_storm_and_the_traffic_and_nothing_else_does() -> N
     # A longer storm begins like a shorter one, and where no disk can be filled the rest is the same.
     assert schedule(7, 600, fence=4)[:50] == schedule(7, 300, fence=4)[:50]
     assert set(schedule(7, 300, fence=4, disk=False)) < set(schedule(7, 300, fence=4))
+    # So it is without operators.
+    assert set(schedule(7, 300, fence=4, operators=False)) < set(schedule(7, 300, fence=4))
     one, again, other = (traffic(seed, 20, rate=30) for seed in (7, 7, 8))
     assert one.letters == again.letters
     assert one.postings == again.postings
@@ -175,6 +181,8 @@ def test_kamiyo_chaos_says_what_is_missing_outside_of_a_checkout(
 # One sabotage for each question of judge.sql. `the_event` is a processed one that a handler ran for.
 _SABOTAGE = {
     "lost_events": "DELETE FROM webhook_events WHERE event_id = the_event()",
+    "lost_unfinished": "UPDATE webhook_events SET status = 'failed', outcome = NULL, failed_at = now() "
+    "WHERE event_id = the_event(); DELETE FROM webhook_events WHERE event_id = the_event()",
     "lost_bodies": "UPDATE webhook_payloads SET body = body || 'x'::bytea",
     "lost_effects": "DELETE FROM chaos.ledger WHERE event_id = the_event()",
     "lost_reads": "INSERT INTO webhook_failures "
@@ -194,6 +202,10 @@ _SABOTAGE = {
     "doubled_balances": "UPDATE chaos.accounts SET credits = credits + 1",
     "doubled_outcomes": "INSERT INTO chaos.history (event_id, was, became, attempts) "
     "VALUES (the_event(), 'processing', 'processed', 1)",
+    "doubled_runs": "UPDATE webhook_events SET status = 'pending', outcome = NULL, next_try_at = now() "
+    "WHERE event_id = the_event()",
+    "doubled_copies": "INSERT INTO webhook_tombstones "
+    "SELECT event_id, stripe_created FROM webhook_events WHERE event_id = the_event()",
     "doubled_events": "DELETE FROM chaos.sent WHERE event_id = the_event()",
     "doubled_counts": "INSERT INTO webhook_count_changes "
     "SELECT date_trunc('minute', created_at), event_type, 1, 0, 0, 0 FROM webhook_events "
@@ -214,12 +226,28 @@ _SABOTAGE = {
     "WHERE event_id = the_event()",
     "stuck_unanswered": "UPDATE chaos.sent SET answered = 0 WHERE event_id = the_event()",
     "stuck_poison": "UPDATE chaos.sent SET tries = 5 WHERE event_id = the_event()",
+    "stuck_commands": "INSERT INTO chaos.commands VALUES ('kamiyo rebuild', '1', 'a traceback: TimeoutError')",
 }
 
 
-async def test_the_judge_finds_nothing_where_nothing_is_wrong_and_every_question_finds_its_sabotage(
-    new_database: NewDatabase, settings: MakeSettings, tmp_path: Path
-) -> None:
+@dataclass(frozen=True)
+class _Calm:
+    """What a storm without a storm leaves behind: everything is there once."""
+
+    db: Connection
+    sent: Traffic
+    stripe: Stripe
+    control: Control
+
+    async def judge(self) -> Verdict:
+        return await judge(self.db, events=1, kills=0, duplicates=0)
+
+    async def found(self) -> set[str]:
+        return {finding.question for finding in (await self.judge()).findings}
+
+
+@pytest.fixture
+async def calm(new_database: NewDatabase, settings: MakeSettings, tmp_path: Path) -> AsyncIterator[_Calm]:
     url = new_database()
     db = await database.connect(url, application="test")
     await prepare(db)
@@ -258,20 +286,154 @@ async def test_the_judge_finds_nothing_where_nothing_is_wrong_and_every_question
                WHERE NOT s.twin AND NOT s.thin ORDER BY r.id LIMIT 1 $$;
         """
     )
-    clean = await judge(db, events=1, kills=0, duplicates=0)
+    yield _Calm(db, sent, stripe, control)
+    await db.close()
+
+
+async def test_the_judge_finds_nothing_where_nothing_is_wrong_and_every_question_finds_its_sabotage(
+    calm: _Calm,
+) -> None:
+    clean = await calm.judge()
     assert clean.findings == ()
-    assert clean.reads["thin"] > clean.reads["twins"] > 0
-    assert clean.reads["reads"] == len(control.calls())
-    assert clean.reads_line.startswith(f"thin={clean.reads['thin']} twins=")
+    assert clean.counts["thin"] > clean.counts["twins"] > 0
+    assert clean.counts["reads"] == len(calm.control.calls())
+    assert clean.line_before.startswith(f"thin={clean.counts['thin']} twins=")
     assert clean.last_line == "events=1 kills=0 duplicates=0 lost=0 doubled=0 backwards=0 overlapped=0 stuck=0"
     assert set(_SABOTAGE) == set(questions())
     for question, sabotage in _SABOTAGE.items():
-        async with _undone(db):
-            await db.execute(sabotage)
-            found = await judge(db, events=1, kills=0, duplicates=0)
+        async with _undone(calm.db):
+            await calm.db.execute(sabotage)
+            found = await calm.judge()
             assert question in {finding.question for finding in found.findings}
             assert f"{question.partition('_')[0]}=0" not in found.last_line
-    await db.close()
+
+
+async def test_what_operators_clean_up_is_not_lost_unless_its_id_is_forgotten_or_it_was_not_old(calm: _Calm) -> None:
+    told = calm.sent.told_to_the_end(calm.stripe.answered)
+    assert told
+    assert calm.sent.told_to_the_end({}) == []
+    async with _undone(calm.db):
+        await calm.db.execute("SELECT chaos.age($1)", told)
+        assert await inbox.prune(calm.db, datetime.now(UTC) - timedelta(days=1)) == len(told)
+        verdict = await calm.judge()
+        assert (verdict.findings, verdict.counts["cleaned"]) == ((), len(told))
+        # A late copy is known; it would be a second event if its id had been forgotten.
+        letters = [letter for letter in calm.sent.letters if letter.event_id in told]
+        await put(calm.db, *(letter.body for letter in letters))
+        assert (await calm.judge()).findings == ()
+        await calm.db.execute("DELETE FROM webhook_tombstones")
+        assert "lost_events" in await calm.found()
+    async with _undone(calm.db):
+        # Younger than a day, so nobody may take it.
+        assert await inbox.prune(calm.db, datetime.now(UTC) + timedelta(days=1)) > len(told)
+        assert "lost_events" in await calm.found()
+
+
+_PUT_BACK = (
+    "UPDATE webhook_events SET status = 'pending', outcome = NULL, next_try_at = now() WHERE event_id = the_event()"
+)
+_RUN = (
+    "UPDATE webhook_events SET status = 'processed', outcome = 'handled', next_try_at = NULL "
+    "WHERE event_id = the_event()"
+)
+_EFFECT = (
+    "WITH run AS (INSERT INTO chaos.runs (event_id, owner, attempt, backend, started_at, ended_at) "
+    "SELECT event_id, owner, 1, 1, now(), now() FROM chaos.ledger WHERE event_id = the_event() LIMIT 1 RETURNING *) "
+    "INSERT INTO chaos.ledger (event_id, owner, run, claim, superseded) SELECT event_id, owner, id, 2, true FROM run; "
+    "UPDATE chaos.accounts SET credits = credits + 1 "
+    "WHERE owner = (SELECT owner FROM chaos.ledger WHERE event_id = the_event() LIMIT 1)"
+)
+
+
+async def test_what_operators_run_again_has_one_more_effect_and_neither_none_nor_two(calm: _Calm) -> None:
+    async with _undone(calm.db):
+        await calm.db.execute("SET LOCAL application_name = 'kamiyo cli'")
+        await calm.db.execute(_PUT_BACK)
+        assert await calm.found() == {"stuck_events", "doubled_effects"}, "it is not processed, and has an effect"
+        await calm.db.execute(_RUN)
+        assert await calm.found() == {"lost_effects"}
+        await calm.db.execute(_EFFECT)
+        verdict = await calm.judge()
+        assert (verdict.findings, verdict.counts["again"]) == ((), 1)
+        await calm.db.execute(_EFFECT)
+        assert await calm.found() == {"doubled_effects"}
+
+
+async def test_poison_that_somebody_puts_back_has_its_five_tries_anew_and_each_is_written_down(calm: _Calm) -> None:
+    async def tries(*numbers: int) -> None:
+        for number in numbers:
+            await calm.db.execute(
+                "INSERT INTO webhook_failures "
+                "(event_id, event_type, retry_count, error_type, error_message, fingerprint) "
+                "SELECT event_id, event_type, $1, 'Poisoned', 'never', '' FROM webhook_events "
+                "WHERE event_id = the_event()",
+                number,
+            )
+
+    die = (
+        "UPDATE webhook_events SET status = 'failed', outcome = NULL, failed_at = now(), next_try_at = NULL, "
+        "attempts = 5 WHERE event_id = the_event()"
+    )
+    async with _undone(calm.db):
+        await calm.db.execute("UPDATE chaos.sent SET tries = 5, fate = 'raises' WHERE event_id = the_event()")
+        await calm.db.execute(die)
+        await tries(1, 2, 3, 4, 5)
+        assert "stuck_poison" not in await calm.found()
+        await calm.db.execute(_PUT_BACK.replace("outcome = NULL", "failed_at = NULL"))
+        await calm.db.execute(die)
+        await tries(1, 2, 3, 4)
+        assert "stuck_poison" in await calm.found()
+        await tries(5)
+        assert "stuck_poison" not in await calm.found()
+        await tries(1)
+        assert "stuck_poison" in await calm.found()
+
+
+@pytest.mark.parametrize("made_again", ["older", "not at all"])
+async def test_a_rebuild_that_makes_a_row_older_or_not_at_all_is_found_though_it_was_right_in_the_end(
+    calm: _Calm, made_again: str
+) -> None:
+    async with _undone(calm.db):
+        await calm.db.execute("CREATE TEMPORARY TABLE kept AS SELECT * FROM billing.customers LIMIT 1")
+        await calm.db.execute("DELETE FROM billing.customers WHERE id = (SELECT id FROM kept)")
+        if made_again == "older":
+            await calm.db.execute("UPDATE kept SET last_event_rank = last_event_rank - 1")
+            await calm.db.execute("INSERT INTO billing.customers SELECT * FROM kept")
+        await calm.db.execute("SET CONSTRAINTS ALL IMMEDIATE")
+        assert "backwards_meanwhile" in await calm.found()
+
+
+def _ran(status: int | None, said: str = "", **more: Any) -> Ran:
+    return Ran("kamiyo rebuild", status, said=said, **more)
+
+
+_TRACEBACK = "Traceback (most recent call last)\n  File ...\n"
+
+
+@pytest.mark.parametrize(
+    ("ran", "wrong"),
+    [
+        (_ran(0), None),
+        (_ran(1, "kamiyo: Cannot connect to PostgreSQL: ConnectionRefusedError"), None),
+        (_ran(1), "exit status 1, and it says nothing"),
+        (_ran(2, "Usage: ..."), "exit status 2, and it says Usage: ..."),
+        (_ran(1, _TRACEBACK + "TimeoutError"), "a traceback: TimeoutError"),
+        (_ran(130, broken_off=signal.SIGINT), None),
+        (_ran(130), "exit status 130, and it says nothing"),
+        (_ran(130, _TRACEBACK + "KeyboardInterrupt", broken_off=signal.SIGINT), "a traceback: KeyboardInterrupt"),
+        (_ran(-2, _TRACEBACK + "<frozen importlib._bootstrap>\nKeyboardInterrupt", broken_off=signal.SIGINT), None),
+        (_ran(-9, broken_off=signal.SIGKILL), None),
+        (_ran(-9), "exit status -9, and it says nothing"),
+        (_ran(None, broken_off=signal.SIGINT), "does not end 10 s after Ctrl-C"),
+        (Ran("kamiyo audit --sample 1%", 1, "80 rows compared: 1 is not as Stripe has them"), None),
+        (Ran("POST /cleanup", 200), None),
+        (Ran("POST /cleanup", None), None),
+        (Ran("POST /events/evt_1/retry", 409), None),
+        (Ran("POST /cleanup", 500), "answered 500"),
+    ],
+)
+def test_a_command_may_be_refused_and_broken_off_but_it_says_so_and_it_ends(ran: Ran, wrong: str | None) -> None:
+    assert ran.wrong == wrong
 
 
 @contextlib.asynccontextmanager
