@@ -18,7 +18,14 @@ from kamiyo import backfill as filling
 from kamiyo import database
 from kamiyo.audit import Audited, Difference, Finding, Verdict
 from kamiyo.backfill import Filled
-from kamiyo.cli.console import console, progressing, settings_for_commands
+from kamiyo.cli.console import (
+    IDLE_SECONDS,
+    connected_to,
+    console,
+    progressing,
+    settings_for_commands,
+    until_broken_off,
+)
 from kamiyo.database import Pool
 from kamiyo.settings import Settings
 from kamiyo.stripe_api import StripeApi
@@ -68,9 +75,8 @@ def backfill(
             show(sum(at.values()))
 
         async with _asking(settings, account, livemode) as (pool, api):
-            return await filling.backfill(
-                *(pool, api, collections), account=account, restart=restart, progress=progress
-            )
+            work = filling.backfill(*(pool, api, collections), account=account, restart=restart, progress=progress)
+            return await until_broken_off(work, pool.terminate)
 
     with progressing("objects in") as show:
         done = asyncio.run(fill(show))
@@ -118,7 +124,7 @@ def audit(
 
     async def compare() -> Audited:
         async with _asking(settings, account, livemode) as (pool, api):
-            return await auditing.audit(
+            work = auditing.audit(
                 *(pool, api),
                 share=share,
                 account=account,
@@ -126,6 +132,7 @@ def audit(
                 pause=lambda: asyncio.sleep(wait),
                 progress=progress,
             )
+            return await until_broken_off(work, pool.terminate)
 
     with progressing("rows compared") as progress:
         done = asyncio.run(compare())
@@ -161,14 +168,11 @@ async def _asking(settings: Settings, account: str, livemode: bool | None) -> As
     if livemode is None:
         livemode = next((key.livemode for key in settings.api_keys if key.account == account), None)
     async with database_url(settings) as url:
+        async with connected_to(url, settings):
+            pass  # its migrations are complete then
         # Room for the requests that are on their way at once: each takes its token of the budget from the database.
-        pool = await database.open_pool(url, size=settings.pool_size, application="kamiyo cli", idle_limit=60)
+        pool = await database.open_pool(url, size=settings.pool_size, application="kamiyo cli", idle_limit=IDLE_SECONDS)
         try:
-            async with pool.acquire(timeout=10) as db:
-                if settings.auto_migrate:
-                    await database.migrate(db)
-                else:
-                    await database.require_migrations(db)
             api = StripeApi(pool, settings, livemode=livemode)
             try:
                 yield pool, api

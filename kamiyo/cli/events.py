@@ -3,7 +3,7 @@
 import asyncio
 import json
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, TypeVar
 
@@ -16,7 +16,17 @@ from rich.text import Text
 from kamiyo import database, handlers, inbox
 from kamiyo import rebuild as rebuilding
 from kamiyo import reconcile as reconciling
-from kamiyo.cli.console import complain, connected, console, print_whole, progressing, settings_for_commands
+from kamiyo.cli.console import (
+    IDLE_SECONDS,
+    complain,
+    connected,
+    connected_to,
+    console,
+    print_whole,
+    progressing,
+    settings_for_commands,
+    until_broken_off,
+)
 from kamiyo.database import Connection
 from kamiyo.errors import AdminError
 from kamiyo.event import decode
@@ -83,10 +93,10 @@ _COLOURS = {
 }
 
 
-def _with_database(work: Callable[[Any], Awaitable[_T]]) -> _T:
+def _with_database(work: Callable[[Any], Coroutine[Any, Any, _T]]) -> _T:
     async def run() -> _T:
-        async with connected(settings_for_commands()) as db:
-            return await work(db)
+        async with connected(settings_for_commands(), idle_limit=IDLE_SECONDS) as db:
+            return await until_broken_off(work(db), db.terminate)
 
     return asyncio.run(run())
 
@@ -304,23 +314,24 @@ def reconcile(
 
     async def compare() -> Compared | None:
         async with database_url(settings) as url:
-            pool = await database.open_pool(url, size=4, application="kamiyo reconcile", idle_limit=60)
+            async with connected_to(url, settings):
+                pass  # its migrations are complete then
+            pool = await database.open_pool(url, size=4, application="kamiyo reconcile", idle_limit=IDLE_SECONDS)
             try:
-                async with pool.acquire() as db:
-                    await database.migrate(db)
                 api = StripeApi(pool, settings)
                 try:
-                    return await reconciling.reconcile(
+                    comparing = reconciling.reconcile(
                         *(pool, api),
                         since=begin,
                         own_account=settings.stripe_account_id,
                         mirrored=settings.mirrored,
                         progress=progress,
                     )
+                    return await until_broken_off(comparing, pool.terminate)
                 finally:
                     await api.close()
             finally:
-                await pool.close()
+                pool.terminate()
 
     handlers.load(settings.handler_modules)
     with progressing("events compared") as progress:

@@ -9,6 +9,7 @@ import typer
 from kamiyo import __version__
 from kamiyo.cli import billing, chaos, conform, doctor, events, serve, simulate, upgrade
 from kamiyo.cli.console import complain
+from kamiyo.database import reason_of
 from kamiyo.errors import KamiyoError
 
 app = typer.Typer(
@@ -60,6 +61,9 @@ def main() -> None:
         sys.exit(1)
     except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         complain(f"PostgreSQL ended the command: {type(error).__name__}: {error}. It may be run again.")
+        sys.exit(1)
+    except (asyncpg.InternalClientError, ConnectionError, TimeoutError) as error:
+        complain(f"PostgreSQL is away, or does not answer in time ({reason_of(error)}). The command may be run again.")
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
