@@ -85,25 +85,36 @@ async def open_pool(url: str, *, size: int, application: str, idle_limit: float)
         server_settings={
             "application_name": application,
             "timezone": "UTC",
-            "idle_in_transaction_session_timeout": str(int(idle_limit * 1000)),
-            "idle_session_timeout": str(int(idle_limit * 1000)),
+            **_silent_for(idle_limit),
         },
     )
     await pool
     return pool
 
 
-async def connect(url: str, *, application: str, patience: float | None = None) -> "asyncpg.Connection[asyncpg.Record]":
+def _silent_for(seconds: float) -> dict[str, str]:
+    limit = str(int(seconds * 1000))
+    return {"idle_in_transaction_session_timeout": limit, "idle_session_timeout": limit}
+
+
+async def connect(
+    url: str, *, application: str, patience: float | None = None, idle_limit: float | None = None
+) -> "asyncpg.Connection[asyncpg.Record]":
     """One connection. Raises DatabaseUnavailable with a sentence for the person who set the address.
 
-    `patience` is how many seconds an answer may take, unless a call says otherwise; None is for ever.
+    `patience` is how many seconds an answer may take, unless a call says otherwise; None is for ever. `idle_limit`: see
+    `open_pool`; None leaves it to PostgreSQL's configuration.
     """
     try:
         return await asyncpg.connect(
             url,
             timeout=5,
             command_timeout=patience,
-            server_settings={"application_name": application, "timezone": "UTC"},
+            server_settings={
+                "application_name": application,
+                "timezone": "UTC",
+                **(_silent_for(idle_limit) if idle_limit is not None else {}),
+            },
         )
     except _CANNOT_CONNECT as error:
         raise DatabaseUnavailable(

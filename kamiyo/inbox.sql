@@ -65,12 +65,12 @@ SELECT pg_notify('webhook_events', '');
 SELECT pg_advisory_unlock_all();
 
 -- name: end_silent
--- Ends the sessions of this application that fell silent in the middle of a question, or of an answer, over $1 seconds
+-- Ends the sessions of this application, commands and all, that fell silent in the middle of a question, or of an answer, over $1 seconds
 -- ago: their process was cut off or frozen there. PostgreSQL's own limits for silent sessions count between questions
 -- only, so such a session would keep its lanes and its row locks for as long as TCP believes in it, for hours.
 SELECT count(*) FILTER (WHERE pg_terminate_backend(pid)) FROM pg_stat_activity
 WHERE datname = current_database() AND usename = current_user AND pid <> pg_backend_pid()
-  AND application_name = current_setting('application_name')
+  AND starts_with(application_name, current_setting('application_name'))
   AND state = 'active' AND wait_event_type = 'Client' AND state_change < clock_timestamp() - make_interval(secs => $1);
 
 -- name: start

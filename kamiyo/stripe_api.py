@@ -183,7 +183,7 @@ class StripeApi:
         client, options = self._way_to(account, livemode)
         asked = _Asked(path, account, "" if options else account, livemode)
         try:
-            async with asyncio.timeout(patience):
+            async with asyncio.timeout(patience) as limit:
                 while True:
                     await self._wait_for_budget()
                     try:
@@ -202,6 +202,11 @@ class StripeApi:
                         await self._note("answered", asked.kind, asked.every)
                         return reply
         except TimeoutError as error:
+            if not limit.expired():
+                # It keeps the budget, and what Stripe has answered.
+                raise StripeUnavailable(
+                    f"PostgreSQL did not answer in time while Stripe was asked for {path}"
+                ) from error
             raise StripeUnavailable(f"Stripe did not answer {path} within {patience:g} s") from error
 
     async def events(

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from bench.chaos.operators import Ran
 from bench.chaos.stripe import Stripe
 from bench.chaos.stripe_api import Call
 from bench.chaos.traffic import Traffic
@@ -16,12 +17,15 @@ from kamiyo.database import Connection
 
 _HERE = Path(__file__).parent
 
-_READS = """
+_COUNTS = """
 SELECT (SELECT count(*) FROM chaos.sent WHERE thin AND answered > 0) AS thin,
        (SELECT count(*) FROM chaos.sent WHERE thin AND twin AND answered > 0) AS twins,
        (SELECT count(*) FROM chaos.calls WHERE status IN (200, 404)) AS reads,
        (SELECT count(*) FROM chaos.calls WHERE status NOT IN (200, 404)) AS refused,
-       (SELECT count(DISTINCT (place, object_id)) FROM chaos.ties) AS ties
+       (SELECT count(DISTINCT (place, object_id)) FROM chaos.ties) AS ties,
+       (SELECT count(*) FROM chaos.commands) AS commands,
+       (SELECT coalesce(sum(times), 0)::bigint FROM chaos.again) AS again,
+       (SELECT count(*) FROM chaos.cleaned) AS cleaned
 """
 
 #: The counts of the last line that must be 0, in its order.
@@ -59,14 +63,14 @@ class Asked:
 class Verdict:
     """What the run came to. `events` are those acknowledged, `duplicates` acknowledged copies beyond the first.
 
-    `reads` are the counts of what had to do with Stripe's API, by their names.
+    `counts` are those of what had to do with Stripe's API and with operators, by their names.
     """
 
     events: int
     kills: int
     duplicates: int
     findings: tuple[Finding, ...]
-    reads: dict[str, int]
+    counts: dict[str, int]
 
     def count(self, fault: str) -> int:
         """How many faults of this kind."""
@@ -79,9 +83,10 @@ class Verdict:
         return f"events={self.events} kills={self.kills} duplicates={self.duplicates} {faults}"
 
     @property
-    def reads_line(self) -> str:
-        """Thin events, those among them with a twin, what was read and what Stripe refused, and ties that were read."""
-        return " ".join(f"{name}={count}" for name, count in self.reads.items())
+    def line_before(self) -> str:
+        """Thin events, those among them with a twin, what was read and what Stripe refused, and ties that were read;
+        what operators ran, how often they put an event back in line, and how many they cleaned up."""
+        return " ".join(f"{name}={count}" for name, count in self.counts.items())
 
 
 async def prepare(db: Connection) -> None:
@@ -89,8 +94,11 @@ async def prepare(db: Connection) -> None:
     await db.execute((_HERE / "tables.sql").read_text(encoding="utf-8"))
 
 
-async def bear_witness(db: Connection, traffic: Traffic, stripe: Stripe, asked: Asked) -> None:
-    """Write down what was sent and promised, what Stripe was asked, and what it says."""
+async def bear_witness(db: Connection, traffic: Traffic, stripe: Stripe, asked: Asked, ran: Sequence[Ran] = ()) -> None:
+    """Write down what was sent and promised, what Stripe was asked, what it says, and what operators ran."""
+    await db.copy_records_to_table(
+        "commands", schema_name="chaos", records=((one.words, one.ending, one.wrong) for one in ran)
+    )
     await db.execute("INSERT INTO chaos.budget VALUES ($1, $2)", float(asked.rate), float(asked.spare))
     await db.copy_records_to_table(
         "calls", schema_name="chaos", records=((call.at, call.status, call.path) for call in asked.calls)
@@ -140,8 +148,8 @@ async def judge(db: Connection, *, events: int, kills: int, duplicates: int) -> 
     findings: list[Finding] = []
     for name, question in questions().items():
         findings += [Finding(name, what, why) for what, why in await db.fetch(question)]
-    reads = dict(await db.fetchrow(_READS) or {})
-    return Verdict(events, kills, duplicates, tuple(findings), reads)
+    counts = dict(await db.fetchrow(_COUNTS) or {})
+    return Verdict(events, kills, duplicates, tuple(findings), counts)
 
 
 def questions() -> dict[str, str]:

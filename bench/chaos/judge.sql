@@ -2,10 +2,15 @@
 -- The word before the first underscore of its name is the count of the last line that it belongs to.
 
 -- name: lost_events
--- Acknowledged, and not stored: the one promise of a 2xx.
+-- Acknowledged, and not stored: the one promise of a 2xx. What was cleaned up was old, and left its id behind.
 SELECT s.event_id AS what, 'answered 2xx ' || s.answered || ' times, and not stored' AS why
 FROM chaos.sent AS s
-WHERE s.answered > 0 AND NOT EXISTS (SELECT FROM webhook_events AS e WHERE e.event_id = s.event_id);
+WHERE s.answered > 0 AND NOT EXISTS (SELECT FROM chaos.events AS e WHERE e.event_id = s.event_id);
+
+-- name: lost_unfinished
+-- Removed before it was processed: a cleanup may not touch it.
+SELECT event_id AS what, 'removed, and it was ' || was AS why
+FROM chaos.lasting WHERE became = 'removed' AND was <> 'processed';
 
 -- name: lost_bodies
 -- Stored, but not as it was sent, byte for byte.
@@ -16,12 +21,17 @@ LEFT JOIN webhook_payloads AS p ON p.seq = e.seq AND p.created_at = e.created_at
 WHERE md5(p.body) IS DISTINCT FROM s.body;
 
 -- name: lost_effects
--- Said to be handled, and nothing came of it: neither of it nor of its twin.
-SELECT s.event_id AS what, 'processed, and without its effect' AS why
-FROM chaos.sent AS s JOIN webhook_events AS e USING (event_id)
-WHERE s.handled AND e.status = 'processed'
-  AND NOT EXISTS (SELECT FROM chaos.sent AS t JOIN chaos.ledger AS l ON l.event_id = t.event_id
-                  WHERE t.occurrence = s.occurrence);
+-- Said to be handled, and nothing came of it: neither of it nor of its twin. Or it was run again by hand after that, and
+-- nothing came of that. (Of twins one leaves its work to the other then, too.)
+SELECT event_id AS what, 'processed, and of ' || due || ' effects only ' || effects AS why
+FROM (
+    SELECT s.event_id, CASE WHEN s.twin THEN 1 ELSE 1 + coalesce(a.finished, 0) END AS due,
+           (SELECT count(*) FROM chaos.sent AS t JOIN chaos.ledger AS l ON l.event_id = t.event_id
+            WHERE t.occurrence = s.occurrence) AS effects
+    FROM chaos.sent AS s JOIN chaos.events AS e USING (event_id) LEFT JOIN chaos.again AS a USING (event_id)
+    WHERE s.handled AND e.status = 'processed'
+) AS expected
+WHERE effects < due;
 
 -- name: lost_reads
 -- A try that was used up because Stripe did not give what the event is about: reads wait, events do not fail.
@@ -65,18 +75,26 @@ SELECT event_type AS what, 'statistics: ' || c::text || ', events: ' || e::text 
 WHERE c[1] < e[1] OR c[2] < e[2] OR c[3] < e[3];
 
 -- name: doubled_effects
--- More than one line in the ledger, or a line for an event that is not processed.
-SELECT l.event_id AS what, count(*) || ' effects, and it is ' || coalesce(min(e.status), 'not stored') AS why
-FROM chaos.ledger AS l LEFT JOIN webhook_events AS e USING (event_id)
+-- More than one line in the ledger, and more than one for each time that it was run again by hand; or a line for an event
+-- that is not processed.
+SELECT l.event_id AS what, count(*) || ' effects, put back ' || coalesce(min(a.finished), 0) || ' times, and it is '
+       || coalesce(min(e.status), 'not stored') AS why
+FROM chaos.ledger AS l LEFT JOIN chaos.events AS e USING (event_id) LEFT JOIN chaos.again AS a USING (event_id)
 GROUP BY l.event_id
-HAVING count(*) > 1 OR min(e.status) IS DISTINCT FROM 'processed';
+HAVING count(*) > 1 + coalesce(min(a.finished), 0) OR min(e.status) IS DISTINCT FROM 'processed';
 
 -- name: doubled_occurrences
--- Told by two events, a snapshot and its thin twin, and handled for each of them.
-SELECT s.occurrence AS what, count(*) || ' effects of one occurrence: of ' || string_agg(l.event_id, ', ') AS why
-FROM chaos.ledger AS l JOIN chaos.sent AS s USING (event_id)
-GROUP BY s.occurrence
-HAVING count(DISTINCT l.event_id) > 1;
+-- Told by two events, a snapshot and its thin twin, and handled for each of them, though nobody ran them again.
+SELECT occurrence AS what, effects || ' effects of one occurrence: of ' || whose || '; put back ' || finished || ' times' AS why
+FROM (
+    SELECT s.occurrence, count(*) AS effects, count(DISTINCT l.event_id) AS events, string_agg(l.event_id, ', ') AS whose
+    FROM chaos.ledger AS l JOIN chaos.sent AS s USING (event_id) GROUP BY s.occurrence
+) AS told
+CROSS JOIN LATERAL (
+    SELECT coalesce(sum(a.finished), 0) AS finished FROM chaos.sent AS t JOIN chaos.again AS a USING (event_id)
+    WHERE t.occurrence = told.occurrence
+) AS again
+WHERE events > 1 AND effects > 1 + finished;
 
 -- name: doubled_balances
 -- The balances do not add up to the ledger.
@@ -87,9 +105,20 @@ FULL JOIN (SELECT owner, count(*) AS lines FROM chaos.ledger GROUP BY owner) AS 
 WHERE a.credits IS DISTINCT FROM l.lines;
 
 -- name: doubled_outcomes
--- Became processed more than once.
-SELECT event_id AS what, 'became processed ' || count(*) || ' times' AS why
-FROM chaos.history WHERE became = 'processed' GROUP BY event_id HAVING count(*) > 1;
+-- Became processed more than once, and more than once for each time that it was put back by hand.
+SELECT h.event_id AS what, 'became processed ' || count(*) || ' times, put back ' || coalesce(min(a.finished), 0) AS why
+FROM chaos.lasting AS h LEFT JOIN chaos.again AS a USING (event_id)
+WHERE h.became = 'processed' GROUP BY h.event_id HAVING count(*) > 1 + coalesce(min(a.finished), 0);
+
+-- name: doubled_runs
+-- Processed, and put back in line by somebody else than an operator with `kamiyo replay`.
+SELECT event_id AS what, 'was processed, and put back in line by ' || application AS why
+FROM chaos.history WHERE was = 'processed' AND became = 'pending' AND application <> 'kamiyo cli';
+
+-- name: doubled_copies
+-- Cleaned up, and stored again: a late copy was taken for a new event.
+SELECT e.event_id AS what, 'cleaned up, and stored again as ' || e.status AS why
+FROM webhook_events AS e JOIN webhook_tombstones AS t USING (event_id);
 
 -- name: doubled_events
 -- Stored, and never sent.
@@ -133,7 +162,8 @@ WHERE stripes IS NULL OR EXISTS (
 );
 
 -- name: backwards_meanwhile
--- A billing row that was overwritten by an older event, even if it was right again in the end.
+-- A billing row that was overwritten by an older event, or that a rebuild made older than it was, or not at all; even if it
+-- was right again in the end.
 SELECT object_id AS what, place || ': from ' || from_event || ' back to ' || to_event AS why FROM chaos.regressions;
 
 -- name: backwards_order
@@ -216,19 +246,32 @@ WHERE e.status IN ('pending', 'processing') OR e.next_try_at IS NOT NULL;
 SELECT event_id AS what, 'never answered 2xx, last of all ' || last_status AS why FROM chaos.sent WHERE answered = 0;
 
 -- name: stuck_poison
--- Poison that is not dead, or not after the tries it gets, each written down once. What gives up is dead with the first
--- try that comes to its end: tries before it may have ended with their worker, in the storm.
-SELECT s.event_id AS what, s.fate || ': ' || e.status || ' after ' || e.attempts || ' tries, recorded: ' || f.tries::text
-       || ' ' || f.errors::text AS why
+-- Poison that is not dead, or not after the tries it gets, each written down once; and as many anew each time that somebody
+-- put it back. What gives up is dead with the first try that comes to its end: tries before it may have ended with their
+-- worker, in the storm.
+SELECT s.event_id AS what, s.fate || ': ' || e.status || ' after ' || e.attempts || ' tries, put back '
+       || coalesce(a.times, 0) || ' times, recorded: ' || f.recorded::text || ' ' || f.errors::text AS why
 FROM chaos.sent AS s
 JOIN webhook_events AS e USING (event_id)
+LEFT JOIN chaos.again AS a USING (event_id)
 CROSS JOIN LATERAL (
-    SELECT coalesce(array_agg(retry_count::int ORDER BY id), '{}') AS tries,
-           coalesce(array_agg(error_type ORDER BY id), '{}') AS errors
-    FROM webhook_failures WHERE event_id = s.event_id
+    SELECT coalesce(array_agg(retry_count::int ORDER BY id), '{}') AS recorded,
+           coalesce(array_agg(retry_count::int ORDER BY id) FILTER (WHERE round = rounds), '{}') AS tries,
+           coalesce(array_agg(error_type ORDER BY id) FILTER (WHERE round = rounds), '{}') AS errors,
+           coalesce(max(round), 0) AS rounds, coalesce(bool_and(retry_count = place), true) AS in_order
+    FROM (
+        SELECT *, max(round) OVER () AS rounds, row_number() OVER (PARTITION BY round ORDER BY id) AS place
+        FROM (SELECT *, count(*) FILTER (WHERE retry_count = 1) OVER (ORDER BY id) AS round
+              FROM webhook_failures WHERE event_id = s.event_id) AS numbered
+    ) AS counted
 ) AS f
 WHERE s.tries IS NOT NULL
   AND NOT (e.status = 'failed' AND e.next_try_at IS NULL
+           AND f.in_order AND f.rounds = 1 + coalesce(a.times, 0)
            AND f.tries = (SELECT array_agg(n) FROM generate_series(1, e.attempts) AS n)
            AND CASE WHEN s.fate = 'gives_up' THEN array_position(f.errors, 'Bury') = e.attempts
                     ELSE e.attempts = s.tries END);
+
+-- name: stuck_commands
+-- What an operator ran ended in a traceback, or in no sentence; or did not end.
+SELECT words AS what, wrong AS why FROM chaos.commands WHERE wrong IS NOT NULL;

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from bench.chaos.broken import FAULTS
 from bench.chaos.crew import Crew, Member, environment, supervised, working
 from bench.chaos.ground import Folder, free_ports, listening, own_disk, postgres
 from bench.chaos.judge import Asked, Verdict, bear_witness, judge
+from bench.chaos.operators import Operators, Ran
 from bench.chaos.proxy import carrying
 from bench.chaos.schedule import APIS, WORKERS, schedule
 from bench.chaos.storm import ADMIN_KEY, Storm, narrate
@@ -111,7 +113,8 @@ async def _run(seconds: float, seed: int, broken: str | None, pace: Pace, *, kee
     # A broken build is to be caught for its fault, soon, and not while a poison is waited for.
     sent = traffic(seed, seconds, rate=RATE, gentle=broken is not None)
     with Folder() as folder, own_disk(folder.path) as disk:
-        blows = schedule(seed, seconds, fence=pace.fence, disk=disk is not None)
+        # What a broken build has done a rebuild could mend.
+        blows = schedule(seed, seconds, fence=pace.fence, disk=disk is not None, operators=broken is None)
         print(
             f"seed {seed}, {seconds:g} s: {len(sent.letters)} events of {sent.customers} customers, {len(blows)} blows"
             + ("" if disk else "; no disk of its own can be had, so none is filled")
@@ -127,10 +130,14 @@ async def _run(seconds: float, seed: int, broken: str | None, pace: Pace, *, kee
             stripe_api = Member("stripe", words, environment(), folder.path)
             stripe = Stripe(sent.letters, ports, random.Random(f"stripe/{seed}"))
             env = _environment(proxy.url, server.url, api_port, sent, folder.path, pace, broken)
+            operators = Operators(env, folder.path, ports, ADMIN_KEY)
             async with supervised(stripe_api), working(ports, WORKERS, env, folder.path) as crew:
                 await listening([*ports, api_port])
                 rng = random.Random(f"targets/{seed}")
-                storm = Storm(crew, proxy, stripe, stripe_api, control, server, rng, pace.fence, pace.grace, disk)
+                storm = Storm(
+                    *(crew, proxy, stripe, stripe_api, control, sent, operators, server),
+                    *(rng, pace.fence, pace.grace, disk),
+                )
                 control.begin(time.time())
                 posting = asyncio.create_task(stripe.post(sent.postings))
                 try:
@@ -143,12 +150,13 @@ async def _run(seconds: float, seed: int, broken: str | None, pace: Pace, *, kee
                 finally:
                     posting.cancel()
                     await asyncio.wait([posting])
-                _tell(stripe, crew)
+                _tell(stripe, crew, operators)
                 kills = storm.kills
             if not posting.cancelled():
                 posting.result()
-            asked = Asked(control.calls(), rate=API_RATE, spare=WORKERS * TOGETHER)
-            verdict = await _verdict(server, sent, stripe, asked, kills)
+            # Two commands may be asking beside the workers.
+            asked = Asked(control.calls(), rate=API_RATE, spare=(WORKERS + 2) * TOGETHER)
+            verdict = await _verdict(server, sent, stripe, asked, operators.ran, kills)
         if keep or (verdict.findings and broken is None):
             folder.keep()
             print(f"logs: {folder.path}")
@@ -223,10 +231,12 @@ async def _why_not(server: EmbeddedPostgres, crew: Crew, folder: Path) -> None:
     await asyncio.sleep(1)
 
 
-async def _verdict(server: EmbeddedPostgres, sent: Traffic, stripe: Stripe, asked: Asked, kills: int) -> Verdict:
+async def _verdict(
+    server: EmbeddedPostgres, sent: Traffic, stripe: Stripe, asked: Asked, ran: Sequence[Ran], kills: int
+) -> Verdict:
     db = await asyncpg.connect(server.url)
     try:
-        await bear_witness(db, sent, stripe, asked)
+        await bear_witness(db, sent, stripe, asked, ran)
         return await judge(db, events=len(stripe.answered), kills=kills, duplicates=stripe.duplicates)
     finally:
         await db.close()
@@ -264,11 +274,16 @@ def _environment(
     )
 
 
-def _tell(stripe: Stripe, crew: Crew) -> None:
+def _tell(stripe: Stripe, crew: Crew, operators: Operators) -> None:
     print("answers: " + ", ".join(f"{count} × {status}" for status, count in sorted(stripe.statuses.items())))
     for member in crew.members:
         ends = ", ".join(f"{count} × {status}" for status, count in sorted(Counter(member.statuses).items()))
         print(f"{member.name}: ended with status {ends or 'none'}; slowest stop {member.slowest_stop:.1f} s")
+    ends_of: dict[str, Counter[str]] = {}
+    for ran in operators.ran:
+        ends_of.setdefault(ran.name, Counter())[str(ran.status)] += 1
+    for name, how in sorted(ends_of.items()):
+        print(f"{name}: " + ", ".join(f"{count} × {status}" for status, count in sorted(how.items())))
 
 
 def _print(verdict: Verdict, broken: str | None) -> None:
@@ -284,5 +299,5 @@ def _print(verdict: Verdict, broken: str | None) -> None:
         fault = FAULTS[broken].caught_as
         caught = verdict.count(fault)
         print(f"{broken}: {f'caught, {fault}={caught}' if caught else f'NOT CAUGHT, {fault}=0'}")
-    print(verdict.reads_line)
+    print(verdict.line_before)
     print(verdict.last_line, flush=True)

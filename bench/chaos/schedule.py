@@ -1,9 +1,11 @@
-"""What breaks, and when. A function of the seed, the length and what the machine can do; nothing else."""
+"""What breaks, what operators do meanwhile, and when. A function of the seed, the length and what the machine can do;
+nothing else."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import chain
 
 #: Servers and workers, by their numbers.
 APIS = 2
@@ -37,11 +39,22 @@ class Act(StrEnum):
     stripe_hangs = "stripe_hangs"  # nothing, until the caller gives up
     kill_stripe = "kill_stripe"  # SIGKILL of the API, which stays away for a while
     clock = "clock"  # the sender's clock jumps, so its signatures are too old or too new
+    # What operators do: commands, and calls with the admin key.
+    rebuild = "rebuild"  # the billing tables are made again
+    cleanup = "cleanup"  # events of lives that are told to their end are removed
+    replay_failed = "replay_failed"  # those that are retrying, those that are dead, or both, of one type
+    replay_processed = "replay_processed"  # their handlers run once more
+    retry = "retry"  # one that is dead
+    backfill = "backfill"  # tables are filled from Stripe's lists
+    audit = "audit"  # rows are compared with Stripe's objects, and mended
 
 
 @dataclass(frozen=True, slots=True)
 class Blow:
-    """One act: `at` seconds into the storm, lasting `seconds`, on number `target`, with `share` of what there is."""
+    """One act: `at` seconds into the storm, lasting `seconds`, on number `target`, with `share` of what there is.
+
+    A command's operator is patient for `seconds`, and breaks it off then; 0: waits for its end.
+    """
 
     at: float
     act: Act
@@ -87,14 +100,37 @@ _FIRST = (Act.kill_worker, Act.kill_api, Act.crash_postgres, Act.swallow, Act.pa
 
 _GAP_SECONDS = (0.25, 1.9)
 
+# The same of commands, which begin beside the blows and beside one another. Starting one takes a second or so.
+_COMMANDS: dict[Act, int] = {
+    Act.rebuild: 2,
+    Act.cleanup: 3,
+    Act.replay_failed: 2,
+    Act.replay_processed: 3,
+    Act.retry: 2,
+    Act.backfill: 2,
+    Act.audit: 1,
+}
+_COMMAND_GAP_SECONDS = (1.0, 4.0)
 
-def schedule(seed: int, seconds: float, *, fence: float, disk: bool = True) -> list[Blow]:
-    """The blows of a storm of `seconds`, in order.
+# How many of the operators break off what they do, and after how many seconds.
+_IMPATIENT = 0.3
+_PATIENCE_SECONDS = (0.8, 5.0)
+
+
+def schedule(seed: int, seconds: float, *, fence: float, disk: bool = True, operators: bool = True) -> list[Blow]:
+    """The blows of a storm of `seconds`, and what `operators` do meanwhile, in order.
 
     `fence` is after how many seconds PostgreSQL ends a session that says nothing: a paused worker sleeps longer.
     Without `disk`, where a disk that can be filled is not to be had, those blows are left out and the others stay
-    where they are.
+    where they are; so they do without operators.
     """
+    blows = _blows(seed, seconds, fence=fence)
+    commands = _commands(seed, seconds) if operators else []
+    kept = [blow for blow in blows if disk or blow.act is not Act.disk_full]
+    return sorted([*kept, *commands], key=lambda blow: blow.at)
+
+
+def _blows(seed: int, seconds: float, *, fence: float) -> list[Blow]:
     rng = random.Random(f"storm/{seed}")
     blows: list[Blow] = []
     at = rng.uniform(0.5, 1.0)
@@ -106,7 +142,21 @@ def schedule(seed: int, seconds: float, *, fence: float, disk: bool = True) -> l
         blows.append(Blow(round(at, 3), act, round(length, 3), target, share))
         # What lasts overlaps with what comes next: the worst moments are those with two troubles at once.
         at += rng.uniform(*_GAP_SECONDS)
-    return [blow for blow in blows if disk or blow.act is not Act.disk_full]
+    return blows
+
+
+def _commands(seed: int, seconds: float) -> list[Blow]:
+    rng = random.Random(f"operators/{seed}")
+    commands: list[Blow] = []
+    at = rng.uniform(1.0, 2.0)
+    # Each once, even in a short storm.
+    for act in chain(rng.sample(list(_COMMANDS), len(_COMMANDS)), _shuffled(rng, _COMMANDS)):
+        if at >= seconds:
+            break
+        patience = rng.uniform(*_PATIENCE_SECONDS) if rng.random() < _IMPATIENT else 0.0
+        commands.append(Blow(round(at, 3), act, round(patience, 3), rng.randrange(1_000), 1.0))
+        at += rng.uniform(*_COMMAND_GAP_SECONDS)
+    return commands
 
 
 def _deal(rng: random.Random) -> Iterator[Act]:
@@ -114,8 +164,13 @@ def _deal(rng: random.Random) -> Iterator[Act]:
     others = [act for act in _DECK if act not in _FIRST]
     yield from rng.sample(_FIRST, len(_FIRST))
     yield from rng.sample(others, len(others))
+    yield from _shuffled(rng, {act: weight for act, (weight, _, _) in _DECK.items()})
+
+
+def _shuffled(rng: random.Random, weights: Mapping[Act, int]) -> Iterator[Act]:
+    """Acts without end, deck after deck, each as often in one as its weight says."""
     while True:
-        deck = [act for act, (weight, _, _) in _DECK.items() for _ in range(weight)]
+        deck = [act for act, weight in weights.items() for _ in range(weight)]
         rng.shuffle(deck)
         yield from deck
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 
@@ -17,10 +18,12 @@ import asyncpg
 import httpx
 
 from bench.chaos.crew import Crew, Member
+from bench.chaos.operators import Operators, Ran, lines_of
 from bench.chaos.proxy import Flow, Proxy
 from bench.chaos.schedule import Act, Blow
 from bench.chaos.stripe import Stripe
 from bench.chaos.stripe_api import NOTHING, Control, Mood
+from bench.chaos.traffic import HANDLED, Traffic
 from kamiyo.database import DATABASE_ERRORS, Connection
 from kamiyo.postgres import EmbeddedPostgres, EmbeddedPostgresError
 
@@ -44,7 +47,7 @@ _LOCKS = (
 
 @dataclass
 class Storm:
-    """A running system, and what is done to it.
+    """A running system, and what is done to it: by the storm, and by its operators.
 
     `disk` is the folder of a disk of its own that PostgreSQL's data is on, None where there is none. `fence` and
     `grace` are in seconds: after how long PostgreSQL ends a silent session, and how long a SIGTERM may take.
@@ -55,6 +58,8 @@ class Storm:
     stripe: Stripe
     stripe_api: Member
     control: Control
+    sent: Traffic
+    operators: Operators
     server: EmbeddedPostgres
     rng: random.Random
     fence: float
@@ -103,6 +108,13 @@ class Storm:
             Act.stripe_hangs: self._stripe_hangs,
             Act.kill_stripe: self._kill_stripe,
             Act.clock: self._clock,
+            Act.rebuild: self._rebuild,
+            Act.cleanup: self._cleanup,
+            Act.replay_failed: self._replay_failed,
+            Act.replay_processed: self._replay_processed,
+            Act.retry: self._retry,
+            Act.backfill: self._backfill,
+            Act.audit: self._audit,
         }
         await acts[blow.act](blow)
 
@@ -228,7 +240,7 @@ class Storm:
 
         await self._ask(lock)
 
-    async def _ask(self, work: Callable[[Connection], Awaitable[None]]) -> None:
+    async def _ask(self, work: Callable[[Connection], Awaitable[object]]) -> None:
         # Another blow may have taken PostgreSQL away: then this one misses.
         with contextlib.suppress(*DATABASE_ERRORS):
             db = await asyncpg.connect(self.server.url, timeout=3, server_settings={"application_name": "chaos"})
@@ -261,6 +273,67 @@ class Storm:
             await asyncio.sleep(blow.seconds)
         finally:
             self.stripe.clock_offset = 0
+
+    # ── What operators do ───────────────────────────────────────────────────────────────────────────────────────
+
+    async def _rebuild(self, blow: Blow) -> None:
+        await self._run(blow, "rebuild")
+
+    async def _cleanup(self, blow: Blow) -> None:
+        # Time passes for lives that are told to their end: what was received of them was received days ago.
+        told = self.sent.told_to_the_end(self.stripe.answered)
+        await self._ask(lambda db: db.execute("SELECT chaos.age($1)", told))
+        if blow.target % 3:
+            await self._run(blow, "cleanup", "--days", "1")
+        else:
+            await self.operators.call(blow.target, "POST", "/cleanup", days="1")
+
+    async def _replay_failed(self, blow: Blow) -> None:
+        # Of one type: some poison takes its process with it at each try, and all of it at once would leave time for
+        # nothing else.
+        which = ("failed", "retrying", "dead")[blow.target % 3]
+        await self._run(blow, "replay", "--status", which, "--type", HANDLED[blow.target % len(HANDLED)], "--yes")
+
+    async def _replay_processed(self, blow: Blow) -> None:
+        lately = datetime.now(UTC) - timedelta(seconds=0.5 + blow.target % 5)
+        customers = [life.events[0].customer or "" for life in self.sent.lives]
+        some = (
+            ("--since", lately.isoformat()),
+            ("--type", HANDLED[blow.target % len(HANDLED)], "--since", "1m"),
+            ("--customer", customers[blow.target * 7919 % len(customers)]),
+        )
+        await self._run(blow, "replay", "--status", "processed", *some[blow.target % len(some)], "--yes")
+
+    async def _retry(self, blow: Blow) -> None:
+        if blow.target % 2:
+            page = await self.operators.call(blow.target, "GET", "/events", status="dead", limit="20")
+            dead = [event["event_id"] for event in page["events"]] if page else []
+        else:
+            listed = await self.operators.run("events", "list", "--status", "dead", "--limit", "20", "--json")
+            dead = [event["event_id"] for event in lines_of(listed)]
+        if not dead:
+            return
+        chosen = dead[blow.target % len(dead)]
+        if blow.target % 2:
+            await self.operators.call(blow.target, "POST", f"/events/{chosen}/retry")
+        else:
+            await self._run(blow, "events", "retry", chosen)
+
+    async def _backfill(self, blow: Blow) -> None:
+        # Payment methods take a request for each customer, so whoever fills all of it is broken off.
+        what = ("customers", "subscriptions", "invoices", "all")[blow.target % 4]
+        whose = ("--account", self.sent.worlds[1].account) if blow.target % 3 else ()
+        anew = ("--restart",) if blow.target % 5 == 0 else ()
+        await self._run(blow, "backfill", what, *whose, *anew)
+
+    async def _audit(self, blow: Blow) -> None:
+        mend = ("--repair",) if blow.target % 2 else ()
+        await self._run(blow, "audit", "--sample", "1%", "--wait", "1", *mend)
+
+    async def _run(self, blow: Blow, *words: str) -> Ran:
+        ran = await self.operators.run(*words, patience=blow.seconds, kills=bool(blow.target & 4))
+        _log.info("%s: %s", ran.words, ran.ending)
+        return ran
 
 
 def _fill(ballast: Path) -> None:

@@ -1,9 +1,11 @@
-"""Stripe's API in a storm: what thin events name, and what no event decides, is read here. A process of its own.
+"""Stripe's API in a storm: what thin events name, and what no event decides, is read here; and objects are listed, for
+operators who fill the tables. A process of its own.
 
 It shows the objects of the storm's lives as they are at that moment. Each life has a clock of its own, always in the
 past: a second of it has happened, with all that is in it, before the first event of it is posted, and `Date` says the
-second that the answer shows. What goes wrong is in a file that the harness writes (`Mood`), so that a server that was
-killed and started again knows it; every request is a line in another.
+second that the answer shows; that of a list is the earliest of the lives that it shows something of. What goes wrong is
+in a file that the harness writes (`Mood`), so that a server that was killed and started again knows it; every request
+is a line in another.
 """
 
 import argparse
@@ -118,11 +120,16 @@ class Objects:
         self._lives = lives
         # By account and id: which life it is of, and the last event of each of its seconds.
         self._told: dict[tuple[str, str], tuple[int, dict[int, SimulatedEvent]]] = {}
+        # By account and kind: when each object was created, and its id.
+        self._kinds: dict[tuple[str, str], set[tuple[int, str]]] = {}
         for number, life in enumerate(lives):
             for event in life.events:
                 if event.object_id is not None:
                     _, told = self._told.setdefault((event.account, event.object_id), (number, {}))
                     told[event.created] = event
+                    created = getattr(event.after, "created", 0)
+                    self._kinds.setdefault((event.account, event.object), set()).add((created, event.object_id))
+        self._newest_first = {kind: sorted(found, reverse=True) for kind, found in self._kinds.items()}
 
     def show(self, account: str, object_id: str, at: float) -> tuple[dict[str, Any] | None, int]:
         """An object as it is `at` seconds into the storm, None where there is none; and that moment at Stripe."""
@@ -142,26 +149,75 @@ class Objects:
             return {"id": object_id, "object": "customer", "deleted": True}, now
         return shape(event.after, CURRENT_API_VERSION, livemode=event.livemode), now
 
+    def page(self, account: str, kind: str, at: float, asked: "Asked") -> tuple[list[dict[str, Any]], bool, int]:
+        """What Stripe lists of a kind, newest first; whether there is more; and the moment that all of it shows."""
+        listed, seconds, passed = list[dict[str, Any]](), list[int](), asked.behind is None
+        for created, object_id in self._newest_first.get((account, kind), ()):
+            if not passed or (asked.until is not None and created > asked.until):
+                passed = passed or object_id == asked.behind
+                continue
+            if len(listed) == asked.limit:
+                return listed, True, min(seconds)
+            shown, second = self.show(account, object_id, at)
+            # What is gone is not listed, and payment methods only customer by customer.
+            if shown and not shown.get("deleted") and asked.customer in (None, shown.get("customer")):
+                listed.append(shown)
+                seconds.append(second)
+        return listed, False, min(seconds, default=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What of a list is asked for."""
+
+    limit: int = 10
+    behind: str | None = None
+    until: int | None = None
+    customer: str | None = None
+
+
+_LISTS = {"customers": "customer", "subscriptions": "subscription", "invoices": "invoice"}
+
 
 class SimulatedApi:
-    """Answers `GET /v1/…/{id}`."""
+    """Answers `GET /v1/…/{id}`, and the lists that the tables are filled from."""
 
     def __init__(self, objects: Objects, control: Control, rng: random.Random) -> None:
         self._objects = objects
         self._control = control
         self._rng = rng
-        self.app = Starlette(routes=[Route("/v1/{kind:path}/{id}", self._answer)])
+        self.app = Starlette(
+            routes=[
+                Route("/v1/customers/{customer}/payment_methods", self._list),
+                *(Route(f"/v1/{name}", self._list) for name in _LISTS),
+                Route("/v1/{kind:path}/{id}", self._show),
+            ]
+        )
 
-    async def _answer(self, request: Request) -> Response:
+    async def _show(self, request: Request) -> Response:
+        account, at = request.headers.get("stripe-account", ""), self._control.told()[0]
+        return self._answer(request, *self._objects.show(account, request.path_params["id"], at))
+
+    async def _list(self, request: Request) -> Response:
+        account, at = request.headers.get("stripe-account", ""), self._control.told()[0]
+        words, customer = request.query_params, request.path_params.get("customer")
+        until = words.get("created[lte]")
+        asked = Asked(
+            *(int(words.get("limit", 10)), words.get("starting_after"), int(until) if until else None, customer)
+        )
+        kind = "payment_method" if customer else _LISTS[request.url.path.rpartition("/")[2]]
+        listed, more, second = self._objects.page(account, kind, at, asked)
+        return self._answer(request, {"object": "list", "data": listed, "has_more": more}, second)
+
+    def _answer(self, request: Request, shown: dict[str, Any] | None, second: int) -> Response:
         path = request.url.path
-        at, mood = self._control.told()
+        _, mood = self._control.told()
         if mood is not None and self._rng.random() < mood.share:
             self._control.note(mood.status, path)
             return _refusal(mood)
         if request.headers.get("authorization") != f"Bearer {KEY}":
             self._control.note(401, path)
             return _error(401, "invalid_request_error")
-        shown, second = self._objects.show(request.headers.get("stripe-account", ""), request.path_params["id"], at)
         self._control.note(200 if shown else 404, path)
         said = JSONResponse(shown) if shown else _error(404, "invalid_request_error")
         said.headers["Date"] = formatdate(second + _DATE_IS_AHEAD, usegmt=True)

@@ -37,16 +37,20 @@ CREATE INDEX ON chaos.ledger (event_id);
 -- The same as balances: read, added to, written, as applications do it.
 CREATE TABLE chaos.accounts (owner text PRIMARY KEY, credits bigint NOT NULL);
 
--- Every change of an event's state, written by the transaction that makes it.
+-- Every change of an event's state, written by the transaction that makes it, and by whom. What is removed became
+-- 'removed'.
 CREATE TABLE chaos.history (
-    id       bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-    event_id text        NOT NULL,
-    was      text,
-    became   text        NOT NULL,
-    claim    bigint,
-    attempts integer     NOT NULL,
-    at       timestamptz NOT NULL DEFAULT clock_timestamp()
+    id          bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    event_id    text        NOT NULL,
+    was         text,
+    became      text        NOT NULL,
+    claim       bigint,
+    attempts    integer     NOT NULL,
+    at          timestamptz NOT NULL DEFAULT clock_timestamp(),
+    transaction bigint      NOT NULL DEFAULT txid_current(),
+    application text        NOT NULL DEFAULT current_setting('application_name')
 );
+CREATE INDEX ON chaos.history (event_id) WHERE became = 'removed';
 
 CREATE FUNCTION chaos.remember_insert() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
@@ -63,10 +67,63 @@ BEGIN
     RETURN NULL;
 END $$;
 
+CREATE FUNCTION chaos.remember_delete() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    INSERT INTO chaos.history (event_id, was, became, claim, attempts)
+    SELECT event_id, status, 'removed', claim, attempts FROM went;
+    RETURN NULL;
+END $$;
+
 CREATE TRIGGER chaos_remember_insert AFTER INSERT ON webhook_events
     REFERENCING NEW TABLE AS came FOR EACH STATEMENT EXECUTE FUNCTION chaos.remember_insert();
 CREATE TRIGGER chaos_remember_update AFTER UPDATE ON webhook_events
     REFERENCING NEW TABLE AS came OLD TABLE AS went FOR EACH STATEMENT EXECUTE FUNCTION chaos.remember_update();
+
+CREATE TRIGGER chaos_remember_delete AFTER DELETE ON webhook_events
+    REFERENCING OLD TABLE AS went FOR EACH STATEMENT EXECUTE FUNCTION chaos.remember_delete();
+
+-- A late copy of what is just being cleaned up is stored and taken out again in one transaction: nothing has happened.
+CREATE VIEW chaos.lasting AS
+SELECT h.* FROM chaos.history AS h
+WHERE NOT EXISTS (
+    SELECT FROM chaos.history AS r JOIN chaos.history AS i USING (event_id, transaction)
+    WHERE r.became = 'removed' AND i.was IS NULL AND (r.event_id, r.transaction) = (h.event_id, h.transaction)
+);
+
+-- How often an event was put back in line by hand, and how often of these when it was processed.
+CREATE VIEW chaos.again AS
+SELECT event_id, count(*) AS times, count(*) FILTER (WHERE was = 'processed') AS finished
+FROM chaos.history WHERE became = 'pending' AND was IN ('processed', 'failed') GROUP BY event_id;
+
+-- Events that days have passed for since they were received: all that a cleanup may take.
+CREATE TABLE chaos.aged (event_id text PRIMARY KEY);
+
+CREATE FUNCTION chaos.age(event_ids text[]) RETURNS void LANGUAGE sql AS $$
+    WITH picked AS (
+        SELECT event_id, seq, created_at FROM webhook_events
+        WHERE event_id = ANY (event_ids) AND status = 'processed' AND created_at > now() - interval '1 day'
+        FOR UPDATE SKIP LOCKED
+    ), bodies AS (
+        UPDATE webhook_payloads AS p SET created_at = p.created_at - interval '2 days'
+        FROM picked WHERE p.seq = picked.seq AND p.created_at = picked.created_at
+    ), noted AS (
+        INSERT INTO chaos.aged SELECT event_id FROM picked
+    )
+    UPDATE webhook_events AS e SET created_at = e.created_at - interval '2 days'
+    FROM picked WHERE e.event_id = picked.event_id
+$$;
+-- Their bodies need a place to be.
+SELECT webhook_ensure_partitions((now() AT TIME ZONE 'UTC')::date - 3, 4);
+
+-- What a cleanup took: it leaves the ids behind, for copies that come late.
+CREATE VIEW chaos.cleaned AS
+SELECT event_id FROM chaos.aged AS a
+WHERE EXISTS (SELECT FROM webhook_tombstones AS t WHERE t.event_id = a.event_id)
+  AND NOT EXISTS (SELECT FROM webhook_events AS e WHERE e.event_id = a.event_id);
+
+-- Where each event stands; what is cleaned up had been processed.
+CREATE VIEW chaos.events AS
+SELECT event_id, status FROM webhook_events UNION ALL SELECT event_id, 'processed' FROM chaos.cleaned;
 
 -- Every time a billing row went back in time, for however short a while.
 CREATE TABLE chaos.regressions (
@@ -81,6 +138,22 @@ CREATE FUNCTION chaos.remember_regression() RETURNS trigger LANGUAGE plpgsql AS 
 BEGIN
     INSERT INTO chaos.regressions (place, object_id, from_event, to_event)
     VALUES (TG_TABLE_NAME, NEW.id, OLD.last_webhook_event_id, NEW.last_webhook_event_id);
+    RETURN NULL;
+END $$;
+
+-- A rebuild forgets rows and makes them again; whoever looks sees what it came to when it commits.
+CREATE FUNCTION chaos.remember_forgotten() RETURNS trigger LANGUAGE plpgsql AS $$
+DECLARE
+    rank bigint;
+    event text;
+BEGIN
+    EXECUTE format('SELECT last_event_rank, last_webhook_event_id FROM billing.%I '
+                   'WHERE id = $1 AND account = $2 AND livemode = $3', TG_TABLE_NAME)
+        INTO rank, event USING OLD.id, OLD.account, OLD.livemode;
+    IF rank IS NULL OR rank < OLD.last_event_rank THEN
+        INSERT INTO chaos.regressions (place, object_id, from_event, to_event)
+        VALUES (TG_TABLE_NAME, OLD.id, OLD.last_webhook_event_id, coalesce(event, 'nothing'));
+    END IF;
     RETURN NULL;
 END $$;
 
@@ -117,6 +190,9 @@ BEGIN
             'CREATE TRIGGER chaos_remember_regression AFTER UPDATE ON billing.%I FOR EACH ROW '
             'WHEN (NEW.last_event_rank < OLD.last_event_rank) EXECUTE FUNCTION chaos.remember_regression()', place);
         EXECUTE format(
+            'CREATE CONSTRAINT TRIGGER chaos_remember_forgotten AFTER DELETE ON billing.%I DEFERRABLE INITIALLY DEFERRED '
+            'FOR EACH ROW EXECUTE FUNCTION chaos.remember_forgotten()', place);
+        EXECUTE format(
             'CREATE TRIGGER chaos_remember_tie AFTER INSERT OR UPDATE ON billing.%I FOR EACH ROW '
             'WHEN (NEW.order_evidence = ''undecided'') EXECUTE FUNCTION chaos.remember_tie()', place);
         -- What Stripe says, filled in at the end.
@@ -152,3 +228,6 @@ CREATE TABLE chaos.unseen (account text NOT NULL, object_id text NOT NULL);
 -- Every request that Stripe's API was asked, and the budget: see `Asked` in judge.py.
 CREATE TABLE chaos.calls (at float8 NOT NULL, status integer NOT NULL, path text NOT NULL);
 CREATE TABLE chaos.budget (rate float8 NOT NULL, spare float8 NOT NULL);
+
+-- What operators ran, how it ended, and what is wrong with that: see `Ran` in operators.py.
+CREATE TABLE chaos.commands (words text NOT NULL, ending text NOT NULL, wrong text);

@@ -5,11 +5,12 @@ later; neighbours overtake one another; two events of one object within one of S
 or together. A few are *poison* to the user's handler: see `Fate`.
 
 Most lives are told by snapshots, some by both kinds of events, and some by thin ones alone: see `Told`. In some, one
-second can hold a change and its undoing, and only Stripe can say which came last.
+second can hold a change and its undoing, and only Stripe can say which came last. Some are ahead of their time, so that
+for Kamiyo they are recent, and a cleanup may take them.
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
@@ -29,6 +30,11 @@ HANDLED = (
 # The lives begin within the month after it, and the longest takes years. All in the past, as Stripe's are when they
 # arrive: an event from the future is one that Stripe cannot be asked about yet.
 _START = 1_200_000_000
+
+#: The account whose clock is ahead, as a test clock's is. Of an event that Stripe may still send again a cleanup leaves
+#: the id behind, and of those that are years old it does not: those are never cleaned up here.
+AHEAD = "acct_ahead"
+_AHEAD = 2_100_000_000
 
 # Copies left out, twins counted.
 _EVENTS_OF_A_LIFE = 26.0
@@ -122,6 +128,11 @@ class Life:
     sent: Sequence[tuple[SimulatedEvent, bool]]
     postings: Sequence[Posting]
 
+    @property
+    def is_ahead(self) -> bool:
+        """Whether it is of the account whose clock is ahead."""
+        return self.events[0].account == AHEAD
+
     @cached_property
     def seconds(self) -> Sequence[tuple[float, int]]:
         """When each of Stripe's seconds of this life has happened, in seconds into the storm: before the first letter
@@ -160,6 +171,20 @@ class Traffic:
         """How many lives."""
         return sum(len(world.customers) for world in self.worlds)
 
+    def told_to_the_end(self, answered: Mapping[int, int]) -> list[str]:
+        """The events of the lives that are ahead and have nothing to tell any more, if `answered` were these letters.
+
+        Copies of them may still come.
+        """
+        return [
+            self.letters[number].event_id
+            for life in self.lives
+            if life.is_ahead
+            for numbers in (range(life.first, life.first + len(life.sent)),)
+            if all(answered.get(number) for number in numbers)
+            for number in numbers
+        ]
+
     @property
     def unseen(self) -> set[tuple[str, str]]:
         """Objects (account, id) that are gone, and of which only thin events told: what they were nobody could see."""
@@ -180,10 +205,11 @@ def owner_of(event: Event) -> str:
 def live(seed: int, seconds: float, *, rate: float, gentle: bool = False) -> tuple[Sequence[World], Sequence[Life]]:
     """The lives of a storm of `seconds`, told by about `rate` events a second, and the worlds that they are in."""
     rng = random.Random(f"traffic/{seed}")
-    # Two accounts, of which one is a connected account, so that the same ids could mean two things.
+    # One's own account, a connected one, so that the same ids could mean two things, and one that is ahead.
     worlds = [
         World(seed, start=_START, livemode=True),
         World(seed, start=_START, account="acct_chaos", livemode=True),
+        World(seed, start=_AHEAD, account=AHEAD, livemode=True),
     ]
     lives: list[Life] = []
     first = 0
@@ -192,9 +218,11 @@ def live(seed: int, seconds: float, *, rate: float, gentle: bool = False) -> tup
         version = rng.choice((*API_VERSIONS, *API_VERSIONS[2:], *API_VERSIONS[-1:] * 3))
         # Each kind early, so that the shortest storm has them all.
         told = _TOLD[-1 - 3 * number] if number < 3 else rng.choice(_TOLD)
-        world = worlds[number % 7 == 0]
-        events = lifecycle(world, rng, steps=rng.randint(3, 14), flips=rng.random() < _FLIPS)
-        if not gentle and (number == 2 or rng.random() < _TIES):
+        # What is ahead cannot be read in time, so nothing of it may need to be.
+        ahead = number % 3 == 1 and told is Told.snapshots
+        world = worlds[2 if ahead else number % 7 == 0]
+        events = lifecycle(world, rng, steps=rng.randint(3, 14), flips=rng.random() < _FLIPS and not ahead)
+        if not gentle and (number == 2 or rng.random() < _TIES) and not ahead:
             events += _undone(world, events)
         kinds = {Told.snapshots: (False,), Told.twins: (False, True), Told.thin: (True,)}[told]
         sent = [(event, is_thin) for event in events for is_thin in kinds]

@@ -18,7 +18,7 @@ from kamiyo import backfill as filling
 from kamiyo import projections
 from kamiyo.audit import Audited, Difference, Finding, Verdict
 from kamiyo.backfill import Filled
-from kamiyo.cli.console import console, pooled, progressing, settings_for_commands
+from kamiyo.cli.console import console, pooled, progressing, settings_for_commands, until_broken_off
 from kamiyo.database import Pool
 from kamiyo.errors import KamiyoError
 from kamiyo.settings import Settings
@@ -78,9 +78,8 @@ def backfill(
             show(sum(at.values()))
 
         async with _asking(settings, account, livemode) as (pool, api):
-            return await filling.backfill(
-                *(pool, api, collections), account=account, restart=restart, progress=progress
-            )
+            work = filling.backfill(*(pool, api, collections), account=account, restart=restart, progress=progress)
+            return await until_broken_off(work, pool.terminate)
 
     with progressing("objects in") as show:
         done = asyncio.run(fill(show))
@@ -128,7 +127,7 @@ def audit(
 
     async def compare() -> Audited:
         async with _asking(settings, account, livemode) as (pool, api):
-            return await auditing.audit(
+            work = auditing.audit(
                 *(pool, api),
                 share=share,
                 account=account,
@@ -136,6 +135,7 @@ def audit(
                 pause=lambda: asyncio.sleep(wait),
                 progress=progress,
             )
+            return await until_broken_off(work, pool.terminate)
 
     with progressing("rows compared") as progress:
         done = asyncio.run(compare())

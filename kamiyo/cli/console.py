@@ -1,11 +1,13 @@
 """What every command needs: settings, a connection, a way to speak."""
 
+import asyncio
 import os
 import secrets
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
+from typing import Any, TypeVar
 
 import asyncpg
 from dotenv import dotenv_values
@@ -23,12 +25,18 @@ from rich.progress import (
 from rich.table import Table
 
 from kamiyo import database
-from kamiyo.database import Pool
+from kamiyo.database import DATABASE_ERRORS, Pool
 from kamiyo.settings import Settings, load_settings
 from kamiyo.web.system import database_url
 
-#: How long an answer may take over a pool's connection; a command that has only one waits as long as it takes.
-PATIENCE_SECONDS = 60.0
+_T = TypeVar("_T")
+
+#: After so many seconds PostgreSQL ends a command that says nothing any more: one that was stopped, or whose route is
+#: lost, while it holds the billing tables or events. So long may an answer take over a pool's connection, too.
+IDLE_SECONDS = 60.0
+
+# How long a command may take to undo what it was about, in order, when it is broken off.
+_GOODBYE_SECONDS = 3.0
 
 # Never narrower than this: a line that the terminal wraps can still be copied, an id that was cut off cannot.
 _NARROWEST = 150
@@ -100,22 +108,22 @@ def _development_file(data_dir: Path) -> Path:
 
 
 @asynccontextmanager
-async def connected(settings: Settings) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
+async def connected(
+    settings: Settings, *, idle_limit: float | None = None
+) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
     """A connection to the configured or the embedded database, its migrations complete."""
-    async with database_url(settings) as url, _connection(url, settings) as db:
+    async with database_url(settings) as url, connected_to(url, settings, idle_limit=idle_limit) as db:
         yield db
 
 
 @asynccontextmanager
-async def pooled(settings: Settings) -> AsyncIterator[Pool]:
+async def pooled(settings: Settings, *, application: str = "kamiyo cli") -> AsyncIterator[Pool]:
     """A pool of connections to it, for commands that do several things at once."""
     async with database_url(settings) as url:
         # One connection first: what keeps it from being made is said in a sentence.
-        async with _connection(url, settings):
+        async with connected_to(url, settings):
             pass
-        pool = await database.open_pool(
-            url, size=settings.pool_size, application="kamiyo cli", idle_limit=PATIENCE_SECONDS
-        )
+        pool = await database.open_pool(url, size=settings.pool_size, application=application, idle_limit=IDLE_SECONDS)
         try:
             yield pool
         finally:
@@ -123,8 +131,11 @@ async def pooled(settings: Settings) -> AsyncIterator[Pool]:
 
 
 @asynccontextmanager
-async def _connection(url: str, settings: Settings) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
-    db = await database.connect(url, application="kamiyo cli")
+async def connected_to(
+    url: str, settings: Settings, *, idle_limit: float | None = None
+) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
+    """The same, to the database at `url`."""
+    db = await database.connect(url, application="kamiyo cli", idle_limit=idle_limit)
     try:
         if settings.auto_migrate:
             # Said, because whoever only wanted to look may have named the wrong database.
@@ -133,7 +144,24 @@ async def _connection(url: str, settings: Settings) -> AsyncIterator["asyncpg.Co
             await database.require_migrations(db)
         yield db
     finally:
-        await db.close()
+        # Over a route that is lost no goodbye is answered.
+        with suppress(*DATABASE_ERRORS):
+            await db.close(timeout=_GOODBYE_SECONDS)
+
+
+async def until_broken_off(work: Coroutine[Any, Any, _T], let_go: Callable[[], object]) -> _T:
+    """What `work` returns. Broken off (Ctrl-C), it may undo things in order for a moment; then `let_go` ends its
+    connections: over a route that is lost nothing is ever answered, and PostgreSQL undoes the rest by itself."""
+    working = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(working)
+    except asyncio.CancelledError:
+        working.cancel()
+        await asyncio.wait([working], timeout=_GOODBYE_SECONDS)
+        let_go()
+        # What became of it then is nothing that anybody asked for.
+        await asyncio.wait([asyncio.gather(working, return_exceptions=True)], timeout=_GOODBYE_SECONDS)
+        raise
 
 
 def print_whole(table: Table) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, TypeVar
 
@@ -17,6 +17,7 @@ from kamiyo import handlers, inbox
 from kamiyo import rebuild as rebuilding
 from kamiyo import reconcile as reconciling
 from kamiyo.cli.console import (
+    IDLE_SECONDS,
     complain,
     connected,
     console,
@@ -24,6 +25,7 @@ from kamiyo.cli.console import (
     print_whole,
     progressing,
     settings_for_commands,
+    until_broken_off,
 )
 from kamiyo.database import Connection
 from kamiyo.errors import AdminError
@@ -90,10 +92,10 @@ _COLOURS = {
 }
 
 
-def _with_database(work: Callable[[Any], Awaitable[_T]]) -> _T:
+def _with_database(work: Callable[[Any], Coroutine[Any, Any, _T]]) -> _T:
     async def run() -> _T:
-        async with connected(settings_for_commands()) as db:
-            return await work(db)
+        async with connected(settings_for_commands(), idle_limit=IDLE_SECONDS) as db:
+            return await until_broken_off(work(db), db.terminate)
 
     return asyncio.run(run())
 
@@ -301,7 +303,7 @@ def _back_in_line(event_id: str, _: None) -> str:
 
 
 def _each(
-    event_ids: Sequence[str], work: Callable[[Connection, str], Awaitable[_T]], said: Callable[[str, _T], str]
+    event_ids: Sequence[str], work: Callable[[Connection, str], Coroutine[Any, Any, _T]], said: Callable[[str, _T], str]
 ) -> None:
     """Do something with each event, and say what it came to; exit status 1 where it was refused for one."""
 
@@ -348,13 +350,14 @@ def reconcile(
         async with pooled(settings) as pool:
             api = StripeApi(pool, settings)
             try:
-                return await reconciling.reconcile(
+                comparing = reconciling.reconcile(
                     *(pool, api),
                     since=begin,
                     own_account=settings.stripe_account_id,
                     mirrored=settings.mirrored,
                     progress=progress,
                 )
+                return await until_broken_off(comparing, pool.terminate)
             finally:
                 await api.close()
 

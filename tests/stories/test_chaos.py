@@ -12,7 +12,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,20 +22,26 @@ import asyncpg
 import pytest
 
 from bench.chaos.broken import FAULTS
-from bench.chaos.judge import Asked, bear_witness, judge, prepare, questions
+from bench.chaos.crew import environment
+from bench.chaos.ground import free_ports
+from bench.chaos.judge import Asked, Verdict, bear_witness, judge, prepare, questions
+from bench.chaos.operators import Ran
 from bench.chaos.proxy import carrying
 from bench.chaos.schedule import schedule
 from bench.chaos.stripe import Stripe
 from bench.chaos.stripe_api import KEY, Control, Mood, Objects, SimulatedApi, answering
-from bench.chaos.traffic import Told, live, traffic
+from bench.chaos.traffic import Told, Traffic, live, traffic
 from kamiyo import database, inbox
+from kamiyo import rebuild as rebuilding
 from kamiyo.cli import chaos as command
+from kamiyo.cli import main as command_line_main
+from kamiyo.cli.console import connected, until_broken_off
 from kamiyo.database import Connection
 from kamiyo.errors import KamiyoError
 from kamiyo.event import Event
 from kamiyo.handlers import Registry
 from kamiyo.reader import Reader
-from kamiyo.stripe_api import StripeApi
+from kamiyo.stripe_api import StripeApi, StripeUnavailable
 from kamiyo.web import create_app, system
 from kamiyo.worker import Worker
 from tests.conftest import (
@@ -86,9 +94,10 @@ def test_a_storm_loses_nothing_doubles_nothing_and_applies_nothing_backwards() -
         said, narrated = storm.communicate(timeout=110)
     last = _LAST_LINE.fullmatch(said.splitlines()[-1])
     assert last is not None, said + narrated
-    reads = dict(word.split("=") for word in said.splitlines()[-2].split())
-    assert int(reads["twins"]) > 50
-    assert int(reads["reads"]) > 20
+    counts = {word.partition("=")[0]: int(word.partition("=")[2]) for word in said.splitlines()[-2].split()}
+    assert counts["twins"] > 50
+    assert counts["reads"] > 20
+    assert counts["commands"] > 3
     events, kills, duplicates, *faults = map(int, last.groups())
     assert faults == [0] * 5, said
     assert storm.returncode == 0
@@ -129,6 +138,8 @@ def test_the_seed_decides_the_storm_and_the_traffic_and_nothing_else_does() -> N
     # A longer storm begins like a shorter one, and where no disk can be filled the rest is the same.
     assert schedule(7, 600, fence=4)[:50] == schedule(7, 300, fence=4)[:50]
     assert set(schedule(7, 300, fence=4, disk=False)) < set(schedule(7, 300, fence=4))
+    # So it is without operators.
+    assert set(schedule(7, 300, fence=4, operators=False)) < set(schedule(7, 300, fence=4))
     one, again, other = (traffic(seed, 20, rate=30) for seed in (7, 7, 8))
     assert one.letters == again.letters
     assert one.postings == again.postings
@@ -175,6 +186,8 @@ def test_kamiyo_chaos_says_what_is_missing_outside_of_a_checkout(
 # One sabotage for each question of judge.sql. `the_event` is a processed one that a handler ran for.
 _SABOTAGE = {
     "lost_events": "DELETE FROM webhook_events WHERE event_id = the_event()",
+    "lost_unfinished": "UPDATE webhook_events SET status = 'failed', outcome = NULL, failed_at = now() "
+    "WHERE event_id = the_event(); DELETE FROM webhook_events WHERE event_id = the_event()",
     "lost_bodies": "UPDATE webhook_payloads SET body = body || 'x'::bytea",
     "lost_effects": "DELETE FROM chaos.ledger WHERE event_id = the_event()",
     "lost_reads": "INSERT INTO webhook_failures "
@@ -194,6 +207,10 @@ _SABOTAGE = {
     "doubled_balances": "UPDATE chaos.accounts SET credits = credits + 1",
     "doubled_outcomes": "INSERT INTO chaos.history (event_id, was, became, attempts) "
     "VALUES (the_event(), 'processing', 'processed', 1)",
+    "doubled_runs": "UPDATE webhook_events SET status = 'pending', outcome = NULL, next_try_at = now() "
+    "WHERE event_id = the_event()",
+    "doubled_copies": "INSERT INTO webhook_tombstones "
+    "SELECT event_id, stripe_created FROM webhook_events WHERE event_id = the_event()",
     "doubled_events": "DELETE FROM chaos.sent WHERE event_id = the_event()",
     "doubled_counts": "INSERT INTO webhook_count_changes "
     "SELECT date_trunc('minute', created_at), event_type, 1, 0, 0, 0 FROM webhook_events "
@@ -214,12 +231,28 @@ _SABOTAGE = {
     "WHERE event_id = the_event()",
     "stuck_unanswered": "UPDATE chaos.sent SET answered = 0 WHERE event_id = the_event()",
     "stuck_poison": "UPDATE chaos.sent SET tries = 5 WHERE event_id = the_event()",
+    "stuck_commands": "INSERT INTO chaos.commands VALUES ('kamiyo rebuild', '1', 'a traceback: TimeoutError')",
 }
 
 
-async def test_the_judge_finds_nothing_where_nothing_is_wrong_and_every_question_finds_its_sabotage(
-    new_database: NewDatabase, settings: MakeSettings, tmp_path: Path
-) -> None:
+@dataclass(frozen=True)
+class _Calm:
+    """What a storm without a storm leaves behind: everything is there once."""
+
+    db: Connection
+    sent: Traffic
+    stripe: Stripe
+    control: Control
+
+    async def judge(self) -> Verdict:
+        return await judge(self.db, events=1, kills=0, duplicates=0)
+
+    async def found(self) -> set[str]:
+        return {finding.question for finding in (await self.judge()).findings}
+
+
+@pytest.fixture
+async def calm(new_database: NewDatabase, settings: MakeSettings, tmp_path: Path) -> AsyncIterator[_Calm]:
     url = new_database()
     db = await database.connect(url, application="test")
     await prepare(db)
@@ -258,20 +291,154 @@ async def test_the_judge_finds_nothing_where_nothing_is_wrong_and_every_question
                WHERE NOT s.twin AND NOT s.thin ORDER BY r.id LIMIT 1 $$;
         """
     )
-    clean = await judge(db, events=1, kills=0, duplicates=0)
+    yield _Calm(db, sent, stripe, control)
+    await db.close()
+
+
+async def test_the_judge_finds_nothing_where_nothing_is_wrong_and_every_question_finds_its_sabotage(
+    calm: _Calm,
+) -> None:
+    clean = await calm.judge()
     assert clean.findings == ()
-    assert clean.reads["thin"] > clean.reads["twins"] > 0
-    assert clean.reads["reads"] == len(control.calls())
-    assert clean.reads_line.startswith(f"thin={clean.reads['thin']} twins=")
+    assert clean.counts["thin"] > clean.counts["twins"] > 0
+    assert clean.counts["reads"] == len(calm.control.calls())
+    assert clean.line_before.startswith(f"thin={clean.counts['thin']} twins=")
     assert clean.last_line == "events=1 kills=0 duplicates=0 lost=0 doubled=0 backwards=0 overlapped=0 stuck=0"
     assert set(_SABOTAGE) == set(questions())
     for question, sabotage in _SABOTAGE.items():
-        async with _undone(db):
-            await db.execute(sabotage)
-            found = await judge(db, events=1, kills=0, duplicates=0)
+        async with _undone(calm.db):
+            await calm.db.execute(sabotage)
+            found = await calm.judge()
             assert question in {finding.question for finding in found.findings}
             assert f"{question.partition('_')[0]}=0" not in found.last_line
-    await db.close()
+
+
+async def test_what_operators_clean_up_is_not_lost_unless_its_id_is_forgotten_or_it_was_not_old(calm: _Calm) -> None:
+    told = calm.sent.told_to_the_end(calm.stripe.answered)
+    assert told
+    assert calm.sent.told_to_the_end({}) == []
+    async with _undone(calm.db):
+        await calm.db.execute("SELECT chaos.age($1)", told)
+        assert await inbox.prune(calm.db, datetime.now(UTC) - timedelta(days=1)) == len(told)
+        verdict = await calm.judge()
+        assert (verdict.findings, verdict.counts["cleaned"]) == ((), len(told))
+        # A late copy is known; it would be a second event if its id had been forgotten.
+        letters = [letter for letter in calm.sent.letters if letter.event_id in told]
+        await put(calm.db, *(letter.body for letter in letters))
+        assert (await calm.judge()).findings == ()
+        await calm.db.execute("DELETE FROM webhook_tombstones")
+        assert "lost_events" in await calm.found()
+    async with _undone(calm.db):
+        # Younger than a day, so nobody may take it.
+        assert await inbox.prune(calm.db, datetime.now(UTC) + timedelta(days=1)) > len(told)
+        assert "lost_events" in await calm.found()
+
+
+_PUT_BACK = (
+    "UPDATE webhook_events SET status = 'pending', outcome = NULL, next_try_at = now() WHERE event_id = the_event()"
+)
+_RUN = (
+    "UPDATE webhook_events SET status = 'processed', outcome = 'handled', next_try_at = NULL "
+    "WHERE event_id = the_event()"
+)
+_EFFECT = (
+    "WITH run AS (INSERT INTO chaos.runs (event_id, owner, attempt, backend, started_at, ended_at) "
+    "SELECT event_id, owner, 1, 1, now(), now() FROM chaos.ledger WHERE event_id = the_event() LIMIT 1 RETURNING *) "
+    "INSERT INTO chaos.ledger (event_id, owner, run, claim, superseded) SELECT event_id, owner, id, 2, true FROM run; "
+    "UPDATE chaos.accounts SET credits = credits + 1 "
+    "WHERE owner = (SELECT owner FROM chaos.ledger WHERE event_id = the_event() LIMIT 1)"
+)
+
+
+async def test_what_operators_run_again_has_one_more_effect_and_neither_none_nor_two(calm: _Calm) -> None:
+    async with _undone(calm.db):
+        await calm.db.execute("SET LOCAL application_name = 'kamiyo cli'")
+        await calm.db.execute(_PUT_BACK)
+        assert await calm.found() == {"stuck_events", "doubled_effects"}, "it is not processed, and has an effect"
+        await calm.db.execute(_RUN)
+        assert await calm.found() == {"lost_effects"}
+        await calm.db.execute(_EFFECT)
+        verdict = await calm.judge()
+        assert (verdict.findings, verdict.counts["again"]) == ((), 1)
+        await calm.db.execute(_EFFECT)
+        assert await calm.found() == {"doubled_effects"}
+
+
+async def test_poison_that_somebody_puts_back_has_its_five_tries_anew_and_each_is_written_down(calm: _Calm) -> None:
+    async def tries(*numbers: int) -> None:
+        for number in numbers:
+            await calm.db.execute(
+                "INSERT INTO webhook_failures "
+                "(event_id, event_type, retry_count, error_type, error_message, fingerprint) "
+                "SELECT event_id, event_type, $1, 'Poisoned', 'never', '' FROM webhook_events "
+                "WHERE event_id = the_event()",
+                number,
+            )
+
+    die = (
+        "UPDATE webhook_events SET status = 'failed', outcome = NULL, failed_at = now(), next_try_at = NULL, "
+        "attempts = 5 WHERE event_id = the_event()"
+    )
+    async with _undone(calm.db):
+        await calm.db.execute("UPDATE chaos.sent SET tries = 5, fate = 'raises' WHERE event_id = the_event()")
+        await calm.db.execute(die)
+        await tries(1, 2, 3, 4, 5)
+        assert "stuck_poison" not in await calm.found()
+        await calm.db.execute(_PUT_BACK.replace("outcome = NULL", "failed_at = NULL"))
+        await calm.db.execute(die)
+        await tries(1, 2, 3, 4)
+        assert "stuck_poison" in await calm.found()
+        await tries(5)
+        assert "stuck_poison" not in await calm.found()
+        await tries(1)
+        assert "stuck_poison" in await calm.found()
+
+
+@pytest.mark.parametrize("made_again", ["older", "not at all"])
+async def test_a_rebuild_that_makes_a_row_older_or_not_at_all_is_found_though_it_was_right_in_the_end(
+    calm: _Calm, made_again: str
+) -> None:
+    async with _undone(calm.db):
+        await calm.db.execute("CREATE TEMPORARY TABLE kept AS SELECT * FROM billing.customers LIMIT 1")
+        await calm.db.execute("DELETE FROM billing.customers WHERE id = (SELECT id FROM kept)")
+        if made_again == "older":
+            await calm.db.execute("UPDATE kept SET last_event_rank = last_event_rank - 1")
+            await calm.db.execute("INSERT INTO billing.customers SELECT * FROM kept")
+        await calm.db.execute("SET CONSTRAINTS ALL IMMEDIATE")
+        assert "backwards_meanwhile" in await calm.found()
+
+
+def _ran(status: int | None, said: str = "", **more: Any) -> Ran:
+    return Ran("kamiyo rebuild", status, said=said, **more)
+
+
+_TRACEBACK = "Traceback (most recent call last)\n  File ...\n"
+
+
+@pytest.mark.parametrize(
+    ("ran", "wrong"),
+    [
+        (_ran(0), None),
+        (_ran(1, "kamiyo: Cannot connect to PostgreSQL: ConnectionRefusedError"), None),
+        (_ran(1), "exit status 1, and it says nothing"),
+        (_ran(2, "Usage: ..."), "exit status 2, and it says Usage: ..."),
+        (_ran(1, _TRACEBACK + "TimeoutError"), "a traceback: TimeoutError"),
+        (_ran(130, broken_off=signal.SIGINT), None),
+        (_ran(130), "exit status 130, and it says nothing"),
+        (_ran(130, _TRACEBACK + "KeyboardInterrupt", broken_off=signal.SIGINT), "a traceback: KeyboardInterrupt"),
+        (_ran(-2, _TRACEBACK + "<frozen importlib._bootstrap>\nKeyboardInterrupt", broken_off=signal.SIGINT), None),
+        (_ran(-9, broken_off=signal.SIGKILL), None),
+        (_ran(-9), "exit status -9, and it says nothing"),
+        (_ran(None, broken_off=signal.SIGINT), "does not end 10 s after Ctrl-C"),
+        (Ran("kamiyo audit --sample 1%", 1, "80 rows compared: 1 is not as Stripe has them"), None),
+        (Ran("POST /cleanup", 200), None),
+        (Ran("POST /cleanup", None), None),
+        (Ran("POST /events/evt_1/retry", 409), None),
+        (Ran("POST /cleanup", 500), "answered 500"),
+    ],
+)
+def test_a_command_may_be_refused_and_broken_off_but_it_says_so_and_it_ends(ran: Ran, wrong: str | None) -> None:
+    assert ran.wrong == wrong
 
 
 @contextlib.asynccontextmanager
@@ -433,15 +600,17 @@ async def test_a_worker_whose_connections_lead_nowhere_any_more_takes_new_ones(
         pool.terminate()
 
 
-@pytest.mark.parametrize("amid", ["a question", "an answer"])
+@pytest.mark.parametrize(
+    ("amid", "whose"), [("a question", "test worker"), ("a question", "test worker cli"), ("an answer", "test worker")]
+)
 async def test_a_session_that_falls_silent_amid_a_question_or_an_answer_is_ended_and_its_lanes_are_free(
-    database_url: str, db: Connection, settings: MakeSettings, log: Log, amid: str
+    database_url: str, db: Connection, settings: MakeSettings, log: Log, amid: str, whose: str
 ) -> None:
     quick = settings(KAMIYO_HANDLER_TIMEOUT=0.2, KAMIYO_IDLE_LIMIT=1)
     pool = await database.open_pool(database_url, size=4, application="test worker", idle_limit=1.2)
     event_id = fresh_id()
     await put(db, event_json(event_id))
-    cut_off = await asyncpg.connect(database_url, server_settings={"application_name": "test worker"})
+    cut_off = await asyncpg.connect(database_url, server_settings={"application_name": whose})
     await inbox.claim(cut_off, 1)
     # As a process is that is frozen there, or whose route is lost.
     if amid == "a question":
@@ -472,3 +641,118 @@ async def test_a_session_that_falls_silent_amid_a_question_or_an_answer_is_ended
     cut_off.terminate()
     if asking is not None:
         await asyncio.wait([asking])
+
+
+# ── What operators meet when the route is lost, or PostgreSQL is away ───────────────────────────────────────────────
+
+
+@contextlib.contextmanager
+def _command(url: str, folder: Path, *words: str) -> Iterator["subprocess.Popen[str]"]:
+    """`kamiyo` with these words, which hears Ctrl-C."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kamiyo", *words],
+        cwd=folder,
+        env=environment(DATABASE_URL=url, STRIPE_SECRET_KEY=KEY),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+async def test_ctrl_c_ends_a_command_whose_route_to_postgresql_is_lost(
+    database_url: str, db: Connection, tmp_path: Path
+) -> None:
+    async with carrying(database_url) as proxy:
+        async with db.transaction():
+            await db.execute("LOCK TABLE billing.customers IN ROW EXCLUSIVE MODE")
+            with _command(proxy.url, tmp_path, "rebuild") as rebuild:
+
+                async def waits() -> bool:
+                    # Not pg_stat_activity, which says the same all through a transaction.
+                    return bool(await db.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"))
+
+                await until(waits)
+                proxy.blackhole(1.0, random.Random(0))
+                rebuild.send_signal(signal.SIGINT)
+                _, said = await asyncio.to_thread(rebuild.communicate, timeout=20)
+        assert (rebuild.returncode, said) == (130, "")
+
+
+async def test_a_rebuild_whose_route_is_lost_lets_go_of_the_tables(
+    database_url: str, db: Connection, settings: MakeSettings
+) -> None:
+    event_id = fresh_id()
+    await put(db, event_json(fresh_id(), "customer.updated", example("customer"), created=NOW))
+    worker = await worker_on(database_url, settings())
+    await work_off(worker, db)
+    async with (
+        carrying(database_url) as proxy,
+        connected(settings(DATABASE_URL=proxy.url), idle_limit=0.5) as there,
+    ):
+        cut = asyncio.Event()
+
+        def cut_off(_: int) -> None:
+            proxy.blackhole(1.0, random.Random(0))
+            cut.set()
+
+        rebuilt = asyncio.create_task(until_broken_off(rebuilding.rebuild(there, progress=cut_off), there.terminate))
+        await cut.wait()
+        await put(db, event_json(event_id, "customer.updated", example("customer"), created=NOW + 1))
+        await asyncio.wait_for(work_off(worker, db), 30)
+        assert await db.fetchval("SELECT status FROM webhook_events WHERE event_id = $1", event_id) == "processed"
+        rebuilt.cancel()
+        await asyncio.wait([rebuilt])
+    await worker.pool.close()
+
+
+@pytest.mark.parametrize("words", ["rebuild", "audit", "backfill customers", "reconcile"])
+def test_a_command_without_postgresql_says_so_in_a_sentence(tmp_path: Path, words: str) -> None:
+    [port] = free_ports(1)
+    with _command(f"postgresql://nobody@127.0.0.1:{port}/nowhere", tmp_path, *words.split()) as command_line:
+        _, said = command_line.communicate(timeout=60)
+    assert command_line.returncode == 1
+    assert said.startswith("kamiyo: Cannot connect to PostgreSQL: ConnectionRefusedError")
+    assert "Traceback" not in said
+
+
+async def test_a_command_that_postgresql_keeps_waiting_says_so_in_a_sentence(
+    database_url: str,
+    db: Connection,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DATABASE_URL", database_url)
+    monkeypatch.setenv("STRIPE_SECRET_KEY", KEY)
+    monkeypatch.setattr("kamiyo.cli.billing.IDLE_SECONDS", 0.3)
+    monkeypatch.setattr(sys, "argv", ["kamiyo", "backfill", "customers"])
+    async with db.transaction():
+        await db.execute("LOCK TABLE webhook_backfills")
+        with pytest.raises(SystemExit) as ended:
+            await asyncio.to_thread(command_line_main)
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert "PostgreSQL did not answer in time." in said
+
+
+async def test_a_database_that_keeps_us_waiting_is_not_taken_for_stripe(
+    database_url: str, db: Connection, settings: MakeSettings
+) -> None:
+    pool = await database.open_pool(database_url, size=2, application="test", idle_limit=0.3)
+    api = StripeApi(pool, settings(STRIPE_SECRET_KEY=KEY, STRIPE_API_BASE="http://127.0.0.1:9"))
+    async with db.transaction():
+        await db.execute("LOCK TABLE webhook_api_budget")
+        with pytest.raises(
+            StripeUnavailable, match="PostgreSQL did not answer in time while Stripe was asked for /v1/x"
+        ):
+            await api.read("/v1/x/cus_1")
+    await api.close()
+    await pool.close()
