@@ -107,7 +107,7 @@ async def test_beside_a_rebuild_that_takes_over_a_minute_a_command_says_so_and_w
     told = example("customer", id="cus_000", name="something else", created=NOW - 1000)
     await put(db, event_json(None, "customer.created", told, created=NOW - 500))
     await work_off(await worker_on(database_url, settings()), db)
-    monkeypatch.setattr(commands, "PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(commands, "IDLE_SECONDS", 1.0)
     monkeypatch.chdir(tmp_path)
     for name, value in {"DATABASE_URL": database_url, "STRIPE_SECRET_KEY": KEY, "STRIPE_API_BASE": stripe.base}.items():
         monkeypatch.setenv(name, value)

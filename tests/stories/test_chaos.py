@@ -732,7 +732,7 @@ async def test_a_command_that_postgresql_keeps_waiting_says_so_in_a_sentence(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DATABASE_URL", database_url)
     monkeypatch.setenv("STRIPE_SECRET_KEY", KEY)
-    monkeypatch.setattr("kamiyo.cli.billing.IDLE_SECONDS", 0.3)
+    monkeypatch.setattr("kamiyo.cli.console.IDLE_SECONDS", 0.3)
     monkeypatch.setattr(sys, "argv", ["kamiyo", "backfill", "customers"])
     async with db.transaction():
         await db.execute("LOCK TABLE webhook_backfills")
