@@ -210,14 +210,15 @@ class Worker:
 
     async def _listen(self) -> None:
         away = False
-        while True:
+        # Not for ever: a stop may come while a connection is closed, which hears nothing of it.
+        while not self._stopping:
             try:
                 async with listening(self.url, self.wake) as db:
                     if away:
                         happened("database_back")
                     away = False
                     self.wake()
-                    while not db.is_closed():
+                    while not self._stopping and not db.is_closed():
                         # Notices come by themselves; asking now and then finds out that nobody is there to send them.
                         with contextlib.suppress(TimeoutError):
                             async with asyncio.timeout(5):
@@ -238,7 +239,7 @@ class Worker:
 
     async def _maintain(self) -> None:
         partitions_at = 0.0
-        while True:
+        while not self._stopping:
             try:
                 async with self.pool.acquire(timeout=10) as db:
                     # As long as PostgreSQL waits between two questions: see `database.open_pool`.

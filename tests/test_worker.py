@@ -906,3 +906,34 @@ async def test_a_batch_with_more_lanes_than_postgresql_has_room_for_is_taken_in_
         await running
         await pool.close()
         await db.close()
+
+
+async def test_a_stop_that_comes_while_a_lost_connection_is_closed_is_heard(
+    db: Connection, make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, closing = await make_worker(), asyncio.Event()
+    close = asyncpg.Connection.close
+
+    async def close_slowly(connection: "asyncpg.Connection[asyncpg.Record]", **_: float | None) -> None:
+        closing.set()
+        worker.stop()
+        await asyncio.sleep(1)  # as to a server that does not answer; the stop ends it
+        await close(connection)
+
+    running = asyncio.create_task(worker.run())
+
+    async def listens() -> bool:
+        return bool(await db.fetchval(_LISTENERS))
+
+    await until(listens)
+    monkeypatch.setattr(asyncpg.Connection, "close", close_slowly)
+    await db.execute("SELECT pg_terminate_backend(pid) " + _LISTENERS.removeprefix("SELECT count(*) "))
+    await asyncio.wait_for(closing.wait(), DEADLINE)
+    await asyncio.wait_for(running, DEADLINE)
+    monkeypatch.undo()
+    await worker.pool.close()
+
+
+_LISTENERS = (
+    "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'kamiyo listener'"
+)
