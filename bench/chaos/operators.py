@@ -76,7 +76,7 @@ class Ran:
         last = self.said.strip().rpartition("\n")[2]
         if self.status is None:
             return f"does not end {LETTING_GO_SECONDS:g} s after Ctrl-C"
-        if _TRACEBACK in self.said and not self._was_starting(last):
+        if _TRACEBACK in self.said and not self._was_at_the_edge():
             return f"a traceback: {last}"
         if self.broken_off is signal.SIGKILL and self.status == -signal.SIGKILL:
             return None
@@ -86,9 +86,10 @@ class Ran:
             return None
         return f"exit status {self.status}, and it says {last or 'nothing'}" if self.status else None
 
-    def _was_starting(self, last: str) -> bool:
-        # Ctrl-C while Python imports what it is to run: that is Python's to tell.
-        return self.broken_off is signal.SIGINT and last == "KeyboardInterrupt" and "<frozen importlib" in self.said
+    def _was_at_the_edge(self) -> bool:
+        # Ctrl-C while Python imports what it is to run, or when that has returned: it is Python's to tell, and Python ends
+        # of the signal itself. The command, where it has begun, ends with 130.
+        return self.broken_off is signal.SIGINT and self.status == -signal.SIGINT
 
 
 @dataclass
