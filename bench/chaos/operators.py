@@ -87,8 +87,8 @@ class Ran:
         return f"exit status {self.status}, and it says {last or 'nothing'}" if self.status else None
 
     def _was_at_the_edge(self) -> bool:
-        # Ctrl-C while Python imports what it is to run, or when that has returned: it is Python's to tell, and Python ends
-        # of the signal itself. The command, where it has begun, ends with 130.
+        # Ctrl-C while Python imports what it is to run, or when that has returned: it is Python's to tell, and Python
+        # ends of the signal itself. The command, where it has begun, ends with 130.
         return self.broken_off is signal.SIGINT and self.status == -signal.SIGINT
 
 
