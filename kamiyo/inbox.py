@@ -524,6 +524,11 @@ async def prune_tombstones(db: Connection) -> None:
 # ── Looking ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+#: For the transaction of a list. Its filters are optional parameters: a plan made once for all of them would scan. And
+#: every list has an index, whatever old statistics say of how little there is.
+AS_A_LIST = "SET LOCAL plan_cache_mode = force_custom_plan; SET LOCAL enable_seqscan = off"
+
+
 def of_unfinished(query: str, status: str | None) -> str:
     """The list `query`, of the unfinished events alone where a list by `status` has no others."""
     if status in (State.pending, State.processing, State.retrying, State.dead):
@@ -536,8 +541,7 @@ async def listed(
 ) -> list[asyncpg.Record]:
     """Events newest first, `limit` of them, below the position `before` (created_at, seq), each with its last error."""
     async with db.transaction(readonly=True):
-        # The filters are optional parameters: a plan made once for all of them would scan.
-        await db.execute("SET LOCAL plan_cache_mode = force_custom_plan")
+        await db.execute(AS_A_LIST)
         query = of_unfinished(_SQL["list"], filters.status)
         return await db.fetch(query, *filters.values(), *(before or (None, None)), limit)
 

@@ -364,6 +364,7 @@ async def test_the_list_has_an_index_for_each_filter_and_reads_little_more_than_
 ) -> None:
     wanted, before, index = _LISTS[filters]
     query = inbox.of_unfinished(_SQL["list"], wanted.status)
+    await ledger.execute(inbox.AS_A_LIST)
     nodes = await plan(ledger, query, *wanted.values(), *(before or (None, None)), 20, mode="force_custom_plan")
     assert scanned(nodes) == set()
     used = indexes(nodes) - {"webhook_failures_event"}  # where what is shown has its last error looked up
@@ -388,6 +389,7 @@ async def test_the_list_of_a_long_backlog_reads_little_more_than_it_shows(
     await ledger.execute("VACUUM ANALYZE")
     query = inbox.of_unfinished(_SQL["list"], status)
     async with ledger.transaction():
+        await ledger.execute(inbox.AS_A_LIST)
         nodes = await plan(ledger, query, *Filters(status=status).values(), None, None, 20, mode="force_custom_plan")
     assert not any(node["Node Type"] == "Seq Scan" and node["Actual Loops"] for node in nodes)
     assert sum(rows_read(nodes, one) for one in indexes(nodes) - {"webhook_failures_event"}) <= 100
