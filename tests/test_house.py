@@ -4,6 +4,7 @@ import ast
 import graphlib
 import io
 import re
+import subprocess
 import tokenize
 from collections.abc import Iterator
 from pathlib import Path
@@ -128,6 +129,16 @@ def test_files_are_named_by_what_they_are_responsible_for() -> None:
         for path in (ROOT / folder).rglob("*.py"):
             ours = not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
             assert not ours or path.stem not in UNWANTED or path in allowed, path
+
+
+def test_the_repository_holds_no_links_out_of_itself() -> None:
+    """A link that leads out of a working copy, or to itself, works for the person who made it and for nobody else."""
+    git = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    listing = git.stdout.splitlines()
+    if not listing:
+        pytest.skip("not a checkout: there is no list of what the repository holds")
+    links = [name for name in listing if (ROOT / name).is_symlink()]
+    assert [name for name in links if not (ROOT / name).resolve(strict=True).is_relative_to(ROOT)] == []
 
 
 def test_every_module_says_what_it_is() -> None:
