@@ -6,9 +6,9 @@ The connection `db` is the first argument of everything below a door: whoever op
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import asyncpg
 from asyncpg.pool import PoolConnectionProxy
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 else:
     Connection = asyncpg.Connection
     Pool = asyncpg.Pool
+
+_T = TypeVar("_T")
 
 #: The channel on which storing an event wakes the workers.
 CHANNEL = "webhook_events"
@@ -120,6 +122,14 @@ async def connect(
         raise DatabaseUnavailable(
             f"Cannot connect to PostgreSQL: {reason_of(error)}. Check DATABASE_URL and the server."
         ) from error
+
+
+async def to_the_end(work: Coroutine[Any, Any, _T]) -> _T:
+    """What `work` returns or raises. It goes on where whoever waits for it is cancelled; an error has no hearer then,
+    and asyncio does not print it."""
+    working = asyncio.ensure_future(work)
+    working.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return await asyncio.shield(working)
 
 
 def reason_of(error: BaseException) -> str:

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 import asyncpg
 
 from kamiyo import handlers, inbox, mirror, projections, reads, retry, shadow, telemetry, ties, tracing
-from kamiyo.database import DATABASE_ERRORS, Connection, Pool, listening, reason_of
+from kamiyo.database import DATABASE_ERRORS, Connection, Pool, listening, reason_of, to_the_end
 from kamiyo.errors import DatabaseUnavailable, KamiyoError
 from kamiyo.event import Event, lane_of
 from kamiyo.handlers import Bury, PayloadGone, Registry, Retry, WorkerDied
@@ -206,7 +206,7 @@ class Worker:
             return None
         finally:
             if holding and not db.is_closed():
-                await asyncio.shield(inbox.unlock(db))
+                await to_the_end(inbox.unlock(db))
 
     async def _listen(self) -> None:
         away = False
@@ -269,7 +269,7 @@ class Worker:
                 await self._work(db, number, batch)
         finally:
             if not db.is_closed():
-                await asyncio.shield(inbox.unlock(db))
+                await to_the_end(inbox.unlock(db))
         return len(batch)
 
     def _fitting(self) -> int:
@@ -302,7 +302,7 @@ class Worker:
                 # Where nobody asked this worker to stop, a handler has cancelled the worker's own task. That is left
                 # behind as a death is: the next claim takes them one by one, and the one that did it is found.
                 if self._stopping and not db.is_closed():
-                    await asyncio.shield(inbox.release(db, number, [claimed.event.id for claimed in fit]))
+                    await to_the_end(inbox.release(db, number, [claimed.event.id for claimed in fit]))
                 raise
 
     async def _ready(self, db: Connection, number: int, batch: Sequence[Claimed]) -> list[Claimed]:

@@ -137,6 +137,8 @@ class Operators:
             *(printed.decode(errors="replace"), said.decode(errors="replace"), broken_off),
         )
         self.ran.append(one)
+        if one.wrong:
+            (self.folder / f"command{len(self.ran)}.log").write_text(f"{one.words}\n{one.said}", encoding="utf-8")
         return one
 
     async def call(self, server: int, method: str, path: str, **params: str) -> Any:

@@ -18,7 +18,7 @@ from kamiyo import backfill as filling
 from kamiyo import projections
 from kamiyo.audit import Audited, Difference, Finding, Verdict
 from kamiyo.backfill import Filled
-from kamiyo.cli.console import console, pooled, progressing, settings_for_commands, until_broken_off
+from kamiyo.cli.console import console, pooled, progressing, run_command, settings_for_commands, until_broken_off
 from kamiyo.database import Pool
 from kamiyo.errors import KamiyoError
 from kamiyo.settings import Settings
@@ -82,7 +82,7 @@ def backfill(
             return await until_broken_off(work, pool.terminate)
 
     with progressing("objects in") as show:
-        done = asyncio.run(fill(show))
+        done = run_command(fill(show))
     for collection in collections:
         one = next((one for one in done if one.collection == collection), None)
         if as_json:
@@ -138,7 +138,7 @@ def audit(
             return await until_broken_off(work, pool.terminate)
 
     with progressing("rows compared") as progress:
-        done = asyncio.run(compare())
+        done = run_command(compare())
     if as_json:
         for finding in done.findings:
             typer.echo(json.dumps(_plain(finding)))

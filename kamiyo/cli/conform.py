@@ -1,6 +1,5 @@
 """`kamiyo conform URL`: what Stripe, the network and strangers do to a receiver, tried on any receiver."""
 
-import asyncio
 import json
 import ssl
 from contextlib import AsyncExitStack
@@ -13,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kamiyo import conform as kit
-from kamiyo.cli.console import connected, console, progressing, settings_for_commands
+from kamiyo.cli.console import connected, console, progressing, run_command, settings_for_commands
 from kamiyo.conform import ConformError, Outcome, Result
 
 _COLOURS = {Outcome.passed: "green", Outcome.failed: "bold red", Outcome.skipped: "yellow"}
@@ -104,7 +103,7 @@ def conform(
             with progressing("checks", len(checks)) as progress:
                 return await kit.run(target, checks, progress=progress)
 
-    results = asyncio.run(run())
+    results = run_command(run())
     if as_json:
         for result in results:
             typer.echo(json.dumps(_plain(result)))

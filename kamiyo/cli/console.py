@@ -149,6 +149,23 @@ async def connected_to(
             await db.close(timeout=_GOODBYE_SECONDS)
 
 
+def run_command(work: Coroutine[Any, Any, _T]) -> _T:
+    """What `work` returns: asyncio.run for commands, whose last words are one sentence about what went wrong.
+
+    Where PostgreSQL is lost while several things are asked at once, the first error ends the others, and asyncpg leaves
+    behind what it was doing to give their connections back. Nobody asks what became of that, so asyncio would print it.
+    """
+    with asyncio.Runner() as runner:
+        runner.get_loop().set_exception_handler(_pass_over_what_is_lost)
+        return runner.run(work)
+
+
+def _pass_over_what_is_lost(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    lost = isinstance(context.get("exception"), DATABASE_ERRORS) and isinstance(context.get("future"), asyncio.Future)
+    if not lost:
+        loop.default_exception_handler(context)
+
+
 async def until_broken_off(work: Coroutine[Any, Any, _T], let_go: Callable[[], object]) -> _T:
     """What `work` returns. Broken off (Ctrl-C), it may undo things in order for a moment; then `let_go` ends its
     connections: over a route that is lost nothing is ever answered, and PostgreSQL undoes the rest by itself."""

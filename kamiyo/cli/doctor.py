@@ -1,6 +1,5 @@
 """`kamiyo doctor`: what stands between this installation and production, and the sentence that mends it."""
 
-import asyncio
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kamiyo import doctor as practice
-from kamiyo.cli.console import console, progressing, settings_for_commands
+from kamiyo.cli.console import console, progressing, run_command, settings_for_commands
 from kamiyo.doctor import STRIPE_PATH, Finding, Subject, Verdict
 from kamiyo.settings import Settings
 from kamiyo.web.system import database_url
@@ -42,7 +41,7 @@ def doctor(
     public = settings.public_url.rstrip("/")
     where = endpoint or (f"{public}{STRIPE_PATH}" if public else "")
     with progressing("checks") as progress:
-        findings = asyncio.run(_examine(settings, server, where, send_test, progress))
+        findings = run_command(_examine(settings, server, where, send_test, progress))
     if as_json:
         for finding in findings:
             typer.echo(json.dumps(_plain(finding)))

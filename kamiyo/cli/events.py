@@ -1,6 +1,5 @@
 """`kamiyo events …`, `kamiyo replay`, `kamiyo rebuild`, `kamiyo cleanup`: what an operator asks and does."""
 
-import asyncio
 import json
 import re
 from collections.abc import Callable, Coroutine, Sequence
@@ -24,6 +23,7 @@ from kamiyo.cli.console import (
     pooled,
     print_whole,
     progressing,
+    run_command,
     settings_for_commands,
     until_broken_off,
 )
@@ -97,7 +97,7 @@ def _with_database(work: Callable[[Any], Coroutine[Any, Any, _T]]) -> _T:
         async with connected(settings_for_commands(), idle_limit=IDLE_SECONDS) as db:
             return await until_broken_off(work(db), db.terminate)
 
-    return asyncio.run(run())
+    return run_command(run())
 
 
 @app.command("list")
@@ -363,7 +363,7 @@ def reconcile(
 
     handlers.load(settings.handler_modules)
     with progressing("events compared") as progress:
-        done = asyncio.run(compare())
+        done = run_command(compare())
     if done is None:
         console.print("another process is comparing just now")
     else:

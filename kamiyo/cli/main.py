@@ -10,7 +10,7 @@ import typer
 from kamiyo import __version__
 from kamiyo.cli import billing, chaos, conform, doctor, events, serve, simulate, upgrade
 from kamiyo.cli.console import complain
-from kamiyo.database import reason_of
+from kamiyo.database import UNAVAILABLE, reason_of
 from kamiyo.errors import KamiyoError
 
 app = typer.Typer(
@@ -103,8 +103,10 @@ def main() -> None:
         )
         sys.exit(1)
     except _LOST as error:
+        # That a transaction cannot be ended in order without its connection says nothing of what ended the connection.
+        cause = error.__context__ if isinstance(error.__context__, UNAVAILABLE) else error
         complain(
-            f"The connection to PostgreSQL is lost: {reason_of(error)}. What was committed before stays. Run it again "
+            f"The connection to PostgreSQL is lost: {reason_of(cause)}. What was committed before stays. Run it again "
             "when PostgreSQL is there."
         )
         sys.exit(1)

@@ -17,7 +17,7 @@ import uvicorn
 from dotenv import dotenv_values
 
 from kamiyo import database, handlers, telemetry
-from kamiyo.cli.console import complain, console, make_development_secrets, settings_for_commands
+from kamiyo.cli.console import complain, console, make_development_secrets, run_command, settings_for_commands
 from kamiyo.database import UNAVAILABLE
 from kamiyo.errors import DatabaseUnavailable, SettingsError
 from kamiyo.settings import Settings, in_force, load_settings
@@ -77,7 +77,7 @@ def serve(
     _stop_quietly()
     try:
         if workers > 1:
-            asyncio.run(_require_start(settings))
+            run_command(_require_start(settings))
             _greet(settings, made)
             uvicorn.run("api.main:app", workers=workers, **options)
         else:
@@ -214,7 +214,7 @@ def worker(
     settings = settings_for_commands().model_copy(update={"worker": True})
     if metrics_port:
         prometheus_client.start_http_server(metrics_port)
-    asyncio.run(_work(settings))
+    run_command(_work(settings))
 
 
 async def _work(settings: Settings) -> None:
@@ -236,5 +236,5 @@ def migrate() -> None:
             finally:
                 await db.close()
 
-    if not asyncio.run(complete(settings_for_commands())):
+    if not run_command(complete(settings_for_commands())):
         console.print("nothing to do: every migration is there")

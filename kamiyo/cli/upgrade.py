@@ -1,6 +1,5 @@
 """`kamiyo upgrade-report`: what a switch to another Stripe API version would change."""
 
-import asyncio
 import json
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any
@@ -9,7 +8,7 @@ import typer
 from rich.table import Table
 
 from kamiyo import handlers, upgrade
-from kamiyo.cli.console import connected, console, progressing, settings_for_commands
+from kamiyo.cli.console import connected, console, progressing, run_command, settings_for_commands
 from kamiyo.settings import Settings
 from kamiyo.upgrade import Counted, Report, TypeReport
 
@@ -45,7 +44,7 @@ def upgrade_report(
     settings = settings_for_commands()
     handlers.load(settings.handler_modules)
     with progressing("twins compared") as progress:
-        found = asyncio.run(_compare(settings, float(grace), progress))
+        found = run_command(_compare(settings, float(grace), progress))
     handled = {event_type for event_type in found.types if handlers.registry.of(event_type)}
     breaks = {name for name in handled if any(kind in ("gone", "kind") for kind, _ in found.types[name].shape)}
     if as_json:

@@ -5,6 +5,7 @@ Here it is short. `make chaos` runs ten minutes of it, and `make faults` every b
 
 import asyncio
 import contextlib
+import gc
 import os
 import random
 import re
@@ -35,7 +36,7 @@ from kamiyo import database, inbox
 from kamiyo import rebuild as rebuilding
 from kamiyo.cli import chaos as command
 from kamiyo.cli import main as command_line_main
-from kamiyo.cli.console import connected, until_broken_off
+from kamiyo.cli.console import connected, run_command, until_broken_off
 from kamiyo.database import Connection
 from kamiyo.errors import KamiyoError
 from kamiyo.event import Event
@@ -710,6 +711,49 @@ async def test_a_rebuild_whose_route_is_lost_lets_go_of_the_tables(
         rebuilt.cancel()
         await asyncio.wait([rebuilt])
     await worker.pool.close()
+
+
+async def test_what_a_command_leaves_behind_with_a_lost_connection_is_no_traceback(
+    database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def giving_back_is_broken_off() -> None:
+        async with carrying(database_url) as proxy:
+            pool = await database.open_pool(proxy.url, size=1, application="test", idle_limit=60)
+            lent = await pool.acquire()
+            proxy.blackhole(1.0, random.Random(0))
+            giving_back = asyncio.create_task(pool.release(lent))
+            await asyncio.sleep(0)  # it has begun, and its answer will not come
+            giving_back.cancel()
+            await asyncio.wait([giving_back])
+            pool.terminate()
+
+    await asyncio.to_thread(run_command, giving_back_is_broken_off())
+    gc.collect()
+    assert caplog.text == ""
+    # So that this can fail: what is no loss of a connection is told as ever, and so is that, elsewhere.
+    await asyncio.to_thread(asyncio.run, giving_back_is_broken_off())
+    gc.collect()
+    assert "never retrieved" in caplog.text
+
+
+async def test_what_goes_on_after_its_waiter_was_cancelled_is_no_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    go_on = asyncio.Event()
+
+    async def fails() -> None:
+        await go_on.wait()
+        raise asyncpg.InterfaceError("connection is closed")
+
+    waiting = asyncio.create_task(database.to_the_end(fails()))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.wait([waiting])
+    go_on.set()
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert waiting.cancelled()
+    del waiting  # what it was cancelled in knows the other task
+    gc.collect()
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize("words", ["rebuild", "audit", "backfill customers", "reconcile"])
