@@ -104,6 +104,14 @@ def _shared_between_applications() -> None:
 _shared_between_applications()
 
 
+def tracked() -> list[str]:
+    """The names of the files that the repository holds; skips the test where this is not a checkout."""
+    git = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if not git.stdout:
+        pytest.skip("not a checkout: there is no list of what the repository holds")
+    return git.stdout.splitlines()
+
+
 # ── What nobody may read ──────────────────────────────────────────────────────────────────────────────────
 
 # Secrets that every story has, and the customer of Stripe's own examples. What is planted on purpose, and looked for

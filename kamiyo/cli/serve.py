@@ -214,7 +214,7 @@ def worker(
     settings = settings_for_commands().model_copy(update={"worker": True})
     if metrics_port:
         prometheus_client.start_http_server(metrics_port)
-    run_command(_work(settings))
+    asyncio.run(_work(settings))
 
 
 async def _work(settings: Settings) -> None:

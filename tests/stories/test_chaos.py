@@ -722,7 +722,7 @@ async def test_what_a_command_leaves_behind_with_a_lost_connection_is_no_traceba
             lent = await pool.acquire()
             proxy.blackhole(1.0, random.Random(0))
             giving_back = asyncio.create_task(pool.release(lent))
-            await asyncio.sleep(0)  # it has begun, and its answer will not come
+            await asyncio.sleep(0)  # a turn of the loop, not a time: it has begun, and its answer will not come
             giving_back.cancel()
             await asyncio.wait([giving_back])
             pool.terminate()
@@ -730,28 +730,30 @@ async def test_what_a_command_leaves_behind_with_a_lost_connection_is_no_traceba
     await asyncio.to_thread(run_command, giving_back_is_broken_off())
     gc.collect()
     assert caplog.text == ""
-    # So that this can fail: what is no loss of a connection is told as ever, and so is that, elsewhere.
+    # So that this can fail: the same, where nothing passes over it.
     await asyncio.to_thread(asyncio.run, giving_back_is_broken_off())
     gc.collect()
     assert "never retrieved" in caplog.text
 
 
 async def test_what_goes_on_after_its_waiter_was_cancelled_is_no_traceback(caplog: pytest.LogCaptureFixture) -> None:
-    go_on = asyncio.Event()
+    began, go_on = asyncio.Event(), asyncio.Event()
 
     async def fails() -> None:
+        began.set()
         await go_on.wait()
         raise asyncpg.InterfaceError("connection is closed")
 
+    before = asyncio.all_tasks()
     waiting = asyncio.create_task(database.to_the_end(fails()))
-    await asyncio.sleep(0)
+    await began.wait()
+    [working] = asyncio.all_tasks() - before - {waiting}
     waiting.cancel()
     await asyncio.wait([waiting])
     go_on.set()
-    for _ in range(3):
-        await asyncio.sleep(0)
+    await asyncio.wait([working])
     assert waiting.cancelled()
-    del waiting  # what it was cancelled in knows the other task
+    del waiting, working  # what the one was cancelled in knows the other
     gc.collect()
     assert caplog.text == ""
 
