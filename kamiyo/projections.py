@@ -368,6 +368,8 @@ THIN_ENDS = tuple(sorted(f"v1.{name}" for name in _LAST_TYPES))
 
 _TERMINAL = 1 << 56
 
+#: Below every rank: it overwrites nothing, and everything overwrites it.
+NOTHING = -1
 
 # The stage of a read: above every event's.
 _READ = 3
@@ -440,14 +442,35 @@ async def are_held(db: Connection) -> bool:
     return bool(await db.fetchval(_SQL["are_held"]))
 
 
-async def kept(db: Connection, place: Place) -> Row | None:
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A row as it stands, and the rank and event of what last showed its object.
+
+    That is the row's own, but for a deletion without the object. `shown` is None where such a one was applied by a
+    version that did not note it; its rank is NOTHING where nothing had ever shown the object.
+    """
+
+    row: Row
+    shown: tuple[int, str] | None
+
+
+async def kept(db: Connection, place: Place) -> Kept | None:
     """A row as it stands, of a table whose objects can be gone; None where there is none."""
     table, key = place
     found = await db.fetchrow(_SQL[f"kept_{table}"], *key)
     if found is None:
         return None
-    *values, event_id, received, rank, evidence = found
-    return Row(table, *key, tuple(values), event_id, received, rank, evidence)
+    *values, event_id, received, rank, evidence, shown_rank, shown_by = found
+    row = Row(table, *key, tuple(values), event_id, received, rank, evidence)
+    if not row.is_stub:
+        return Kept(row, (rank, event_id))
+    return Kept(row, None if shown_rank is None else (shown_rank, shown_by))
+
+
+async def note_shown(db: Connection, place: Place, shown: tuple[int, str] | None) -> None:
+    """Beside a row that was just written: which rank and event last showed its object."""
+    table, key = place
+    await db.execute(_SQL[f"note_shown_{table}"], *key, *(shown or (None, None)))
 
 
 @dataclass(frozen=True, slots=True)

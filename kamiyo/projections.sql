@@ -148,7 +148,8 @@ SELECT id, account, livemode, last_event_rank, last_webhook_event_id FROM standi
 -- A customer as they stand, in the units of billing.customers_row.
 SELECT email, name, phone, description, currency, balance, delinquent, default_payment_method, metadata::text,
        extract(epoch FROM created)::bigint, extract(epoch FROM deleted_at)::bigint,
-       last_webhook_event_id, last_webhook_updated_at, last_event_rank, order_evidence
+       last_webhook_event_id, last_webhook_updated_at, last_event_rank, order_evidence,
+       last_shown_rank, last_shown_event_id
 FROM billing.customers WHERE id = $1 AND account = $2 AND livemode = $3;
 
 -- name: kept_invoices
@@ -158,15 +159,32 @@ SELECT customer, subscription, number, status, currency, amount_due, amount_paid
        extract(epoch FROM period_start)::bigint, extract(epoch FROM period_end)::bigint,
        extract(epoch FROM paid_at)::bigint, hosted_invoice_url, invoice_pdf, metadata::text,
        extract(epoch FROM created)::bigint, extract(epoch FROM deleted_at)::bigint,
-       last_webhook_event_id, last_webhook_updated_at, last_event_rank, order_evidence
+       last_webhook_event_id, last_webhook_updated_at, last_event_rank, order_evidence,
+       last_shown_rank, last_shown_event_id
 FROM billing.invoices WHERE id = $1 AND account = $2 AND livemode = $3;
 
 -- name: kept_payment_methods
 -- A payment method as it stands, in the units of billing.payment_methods_row.
 SELECT customer, type, brand, last4, exp_month, exp_year, funding, country, fingerprint, metadata::text,
        extract(epoch FROM created)::bigint, extract(epoch FROM detached_at)::bigint,
-       last_webhook_event_id, last_webhook_updated_at, last_event_rank, order_evidence
+       last_webhook_event_id, last_webhook_updated_at, last_event_rank, order_evidence,
+       last_shown_rank, last_shown_event_id
 FROM billing.payment_methods WHERE id = $1 AND account = $2 AND livemode = $3;
+
+-- name: note_shown_customers
+-- After the row is written: from which event or read that is what a deletion left in it.
+UPDATE billing.customers SET last_shown_rank = $4, last_shown_event_id = $5
+WHERE id = $1 AND account = $2 AND livemode = $3;
+
+-- name: note_shown_invoices
+-- See customers.
+UPDATE billing.invoices SET last_shown_rank = $4, last_shown_event_id = $5
+WHERE id = $1 AND account = $2 AND livemode = $3;
+
+-- name: note_shown_payment_methods
+-- See customers.
+UPDATE billing.payment_methods SET last_shown_rank = $4, last_shown_event_id = $5
+WHERE id = $1 AND account = $2 AND livemode = $3;
 
 -- name: reads_of
 -- What is kept of these objects: one read that showed it and one that found it gone, at most.
@@ -229,10 +247,11 @@ LOCK TABLE billing.customers, billing.subscriptions, billing.invoices, billing.p
 -- name: forget_customers
 -- The rows that can be made again: their last event is still here, with its body, or the read that made them is kept
 -- (its rank has stage 3). Not those that a stub made (its rank is terminal, and even): what it kept may be from events
--- that are gone. Where they are not, it is merged anew.
+-- that are gone. Where they are not, it is merged anew. Nor those of which nothing tells what was last: the event that
+-- contests the one which stands may be gone, and alone it would look decided. Where it is not, both are weighed anew.
 DELETE FROM billing.customers AS b USING webhook_events AS e
 WHERE e.event_id = b.last_webhook_event_id AND b.last_event_rank >> 10 & 3 <> 3
-  AND NOT (b.last_event_rank >= (1::bigint << 56) AND b.last_event_rank & 1 = 0)
+  AND NOT (b.last_event_rank >= (1::bigint << 56) AND b.last_event_rank & 1 = 0) AND b.order_evidence = 'decided'
   AND EXISTS (SELECT FROM webhook_payloads AS p WHERE p.seq = e.seq AND p.created_at = e.created_at);
 DELETE FROM billing.customers AS b USING webhook_reads AS r
 WHERE r.object_id = b.id AND r.account = b.account AND r.livemode = b.livemode
@@ -241,7 +260,7 @@ WHERE r.object_id = b.id AND r.account = b.account AND r.livemode = b.livemode
 -- name: forget_subscriptions
 -- The rows that can be made again: see customers.
 DELETE FROM billing.subscriptions AS b USING webhook_events AS e
-WHERE e.event_id = b.last_webhook_event_id AND b.last_event_rank >> 10 & 3 <> 3
+WHERE e.event_id = b.last_webhook_event_id AND b.last_event_rank >> 10 & 3 <> 3 AND b.order_evidence = 'decided'
   AND EXISTS (SELECT FROM webhook_payloads AS p WHERE p.seq = e.seq AND p.created_at = e.created_at);
 DELETE FROM billing.subscriptions AS b USING webhook_reads AS r
 WHERE r.object_id = b.id AND r.account = b.account AND r.livemode = b.livemode
@@ -251,7 +270,7 @@ WHERE r.object_id = b.id AND r.account = b.account AND r.livemode = b.livemode
 -- The rows that can be made again: see customers.
 DELETE FROM billing.invoices AS b USING webhook_events AS e
 WHERE e.event_id = b.last_webhook_event_id AND b.last_event_rank >> 10 & 3 <> 3
-  AND NOT (b.last_event_rank >= (1::bigint << 56) AND b.last_event_rank & 1 = 0)
+  AND NOT (b.last_event_rank >= (1::bigint << 56) AND b.last_event_rank & 1 = 0) AND b.order_evidence = 'decided'
   AND EXISTS (SELECT FROM webhook_payloads AS p WHERE p.seq = e.seq AND p.created_at = e.created_at);
 DELETE FROM billing.invoices AS b USING webhook_reads AS r
 WHERE r.object_id = b.id AND r.account = b.account AND r.livemode = b.livemode
@@ -261,7 +280,7 @@ WHERE r.object_id = b.id AND r.account = b.account AND r.livemode = b.livemode
 -- The rows that can be made again: see customers.
 DELETE FROM billing.payment_methods AS b USING webhook_events AS e
 WHERE e.event_id = b.last_webhook_event_id AND b.last_event_rank >> 10 & 3 <> 3
-  AND NOT (b.last_event_rank >= (1::bigint << 56) AND b.last_event_rank & 1 = 0)
+  AND NOT (b.last_event_rank >= (1::bigint << 56) AND b.last_event_rank & 1 = 0) AND b.order_evidence = 'decided'
   AND EXISTS (SELECT FROM webhook_payloads AS p WHERE p.seq = e.seq AND p.created_at = e.created_at);
 DELETE FROM billing.payment_methods AS b USING webhook_reads AS r
 WHERE r.object_id = b.id AND r.account = b.account AND r.livemode = b.livemode

@@ -29,14 +29,11 @@ from typing import Any
 from kamiyo import inbox, projections, shapes
 from kamiyo.database import Connection
 from kamiyo.event import Event
-from kamiyo.projections import ProjectionError, Row, Standing, Stored
+from kamiyo.projections import Kept, ProjectionError, Row, Standing, Stored
 from kamiyo.telemetry import happened
 
 # Pairs are compared; a second with more events of one object than this is left to Stripe to explain.
 _MOST_COMPARED = 60
-
-# Below every rank: it overwrites nothing, and everything overwrites it.
-_NOTHING = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,13 +132,18 @@ async def _merge_stub(db: Connection, group: Sequence[Row]) -> Row | None:
     sample = group[0]
     # The row is held before anything is looked up. Where nothing is known of it, not even the customer, what comes in
     # meanwhile comes through another lane: it waits here, and is not written over unseen.
-    await projections.write(db, [replace(sample, rank=_NOTHING)])
+    await projections.write(db, [replace(sample, rank=projections.NOTHING)])
     seen = _observations(await inbox.of_object(db, *sample.key), sample.table)
     stored = await projections.reads_of(db, [sample.key])
     read = [row for row in map(_row_of, stored.get(sample.key, ())) if row is not None and row.table == sample.table]
-    stubs = projections.highest(row for row in (*group, *(one.row for one in seen), *read) if row.is_stub)
+    kept = await projections.kept(db, sample.place)
+    if kept is not None and kept.row.rank == projections.NOTHING:
+        kept = None
+    # Retention takes bodies. What a row says by itself is worth as much where it is known how old that is.
+    still = [kept.row] if kept is not None and kept.row.is_stub and kept.shown is not None else []
+    stubs = projections.highest(row for row in (*group, *(one.row for one in seen), *read, *still) if row.is_stub)
     if not stubs:
-        return None  # retention took its body; the row it made stands, and nothing comes after it
+        return None  # the row that it made stands, and nothing comes after it
     [latest] = stubs
     whole = [one for one in seen if not one.row.is_stub]
     second = projections.second_of(max((one.row.rank for one in whole), default=0))
@@ -149,16 +151,27 @@ async def _merge_stub(db: Connection, group: Sequence[Row]) -> Row | None:
     for row in read:
         if not row.is_stub and (known is None or known.rank < row.rank):
             known = row
-    kept = await projections.kept(db, sample.place)
-    if kept is not None and kept.rank != _NOTHING and (known is None or (known.rank < kept.rank and not kept.is_stub)):
-        # Retention took the bodies that would tell it; the row itself still remembers.
-        known = kept
+    shown: tuple[int, str] | None = (known.rank, known.event_id) if known is not None else (projections.NOTHING, "")
+    if kept is not None and _outlives(kept, known, {row.event_id for row in (*(one.row for one in whole), *read)}):
+        known, shown = kept.row, kept.shown
     if known is not None and known.rank > latest.rank:
         latest = known
     elif known is not None:
         latest = projections.completed(latest, known)
     await projections.write(db, [latest], force=True)
+    await projections.note_shown(db, sample.place, shown if latest.is_stub else None)
     return latest
+
+
+def _outlives(kept: Kept, known: Row | None, told: set[str]) -> bool:
+    """Whether the row remembers something later than what is `known` of the object from all that was `told` of it."""
+    if known is None:
+        return True
+    if kept.shown is None:
+        return False
+    rank, event_id = kept.shown
+    # Of equals, what the row came to was weighed when the event that is gone was still here.
+    return known.rank < rank or (known.rank == rank and event_id not in told)
 
 
 def _row_of(stored: Stored) -> Row | None:

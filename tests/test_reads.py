@@ -157,7 +157,9 @@ async def test_a_bare_404_ends_no_life_but_one_that_an_event_has_ended(db: Conne
         [(place, row)] = after.items()
         ended = "detached_at" if kind == "payment_method" else "deleted_at"
         changed = {name for name in row if row[name] != before[place][name]} - {"last_webhook_updated_at"}
-        assert changed == {ended, "last_event_rank"} | ({"customer"} if kind == "payment_method" else set())
+        noted = {"last_event_rank", "last_shown_rank", "last_shown_event_id"}
+        assert changed == {ended, *noted} | ({"customer"} if kind == "payment_method" else set())
+        assert row["last_shown_rank"] == before[place]["last_event_rank"]
         assert row[ended] == NOW + 2
         await rebuild.rebuild(db)
         assert await billing(db, [one["id"]]) == after

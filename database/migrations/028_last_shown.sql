@@ -1,0 +1,20 @@
+-- What a deletion that does not show its object leaves in the row: from which event that is.
+
+BEGIN;
+
+SET LOCAL client_min_messages = warning;
+SELECT pg_advisory_xact_lock(118038671810927);
+
+-- Only where last_event_rank is that of such a deletion: the rank and the event (or read) that last showed the object, and
+-- so made the other columns. -1: nothing ever did. Null: the deletion was applied before these columns were here.
+-- Subscriptions have none: their deletion shows them.
+ALTER TABLE billing.customers
+    ADD COLUMN IF NOT EXISTS last_shown_rank bigint, ADD COLUMN IF NOT EXISTS last_shown_event_id text;
+ALTER TABLE billing.invoices
+    ADD COLUMN IF NOT EXISTS last_shown_rank bigint, ADD COLUMN IF NOT EXISTS last_shown_event_id text;
+ALTER TABLE billing.payment_methods
+    ADD COLUMN IF NOT EXISTS last_shown_rank bigint, ADD COLUMN IF NOT EXISTS last_shown_event_id text;
+
+INSERT INTO webhook_migrations (name) VALUES ('028_last_shown') ON CONFLICT DO NOTHING;
+
+COMMIT;
