@@ -199,7 +199,8 @@ BEGIN
         EXECUTE format('CREATE TABLE chaos.%I (LIKE billing.%I)', place, place);
         EXECUTE format(
             'ALTER TABLE chaos.%I DROP COLUMN last_webhook_event_id, DROP COLUMN last_webhook_updated_at, '
-            'DROP COLUMN last_event_rank, DROP COLUMN order_evidence', place);
+            'DROP COLUMN last_event_rank, DROP COLUMN order_evidence, '
+            'DROP COLUMN IF EXISTS last_shown_rank, DROP COLUMN IF EXISTS last_shown_event_id', place);
     END LOOP;
 END $$;
 
