@@ -36,7 +36,8 @@ class Ran:
     """A command or a call, and how it ended.
 
     `status` is the exit status, or that of the answer, None where there was none; `printed` what it wrote to standard
-    output, `said` to standard error. `broken_off`: by Ctrl-C, or killed.
+    output, `said` to standard error. `broken_off`: by Ctrl-C, or killed. `at_rest`: nothing went on beside it, so it
+    has no excuse.
     """
 
     words: str
@@ -44,6 +45,7 @@ class Ran:
     printed: str = ""
     said: str = ""
     broken_off: signal.Signals | None = None
+    at_rest: bool = False
 
     @property
     def name(self) -> str:
@@ -78,6 +80,8 @@ class Ran:
             return f"does not end {LETTING_GO_SECONDS:g} s after Ctrl-C"
         if _TRACEBACK in self.said and not self._was_at_the_edge():
             return f"a traceback: {last}"
+        if self.at_rest and self.status:
+            return f"exit status {self.status} at rest: {self.printed.strip() or last or 'nothing'}"
         if self.broken_off is signal.SIGKILL and self.status == -signal.SIGKILL:
             return None
         if self.broken_off is signal.SIGINT and self.status in (130, -signal.SIGINT):
@@ -102,9 +106,9 @@ class Operators:
     admin_key: str
     ran: list[Ran] = field(default_factory=list)
 
-    async def run(self, *words: str, patience: float = 0.0, kills: bool = False) -> Ran:
+    async def run(self, *words: str, patience: float = 0.0, kills: bool = False, at_rest: bool = False) -> Ran:
         """`kamiyo` with these words, to its end; after `patience` seconds, if that is not 0, broken off by Ctrl-C
-        or, with `kills`, by SIGKILL."""
+        or, with `kills`, by SIGKILL. `at_rest`: the storm is over, and it must succeed."""
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "kamiyo", *words),
             stdin=asyncio.subprocess.DEVNULL,
@@ -134,7 +138,7 @@ class Operators:
         one = Ran(
             " ".join(("kamiyo", *words)),
             process.returncode if ended else None,
-            *(printed.decode(errors="replace"), said.decode(errors="replace"), broken_off),
+            *(printed.decode(errors="replace"), said.decode(errors="replace"), broken_off, at_rest),
         )
         self.ran.append(one)
         if one.wrong:

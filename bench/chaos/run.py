@@ -39,6 +39,9 @@ RATE = 75.0
 #: Requests a second that Stripe's API may be asked, by all processes together. Few, so that they run out.
 API_RATE = 15
 
+# Of the rows, when all is over: as many as that rate allows in a few seconds.
+_AUDITED = "5%"
+
 # Findings of one kind that are shown.
 _SHOWN = 5
 
@@ -147,6 +150,10 @@ async def _run(seconds: float, seed: int, broken: str | None, pace: Pace, *, kee
                     # An event that is taken up and put back for ever is never at rest either. A broken build may be.
                     if not await _rest(server, pace, 0 if broken else 3 * pace.longest_wait + 30):
                         await _why_not(server, crew, folder.path)
+                    elif broken is None:
+                        # What an operator would ask now, of Stripe itself.
+                        audited = await operators.run("audit", "--sample", _AUDITED, "--wait", "1", at_rest=True)
+                        _log.info("%s: %s", audited.words, audited.ending)
                 finally:
                     posting.cancel()
                     await asyncio.wait([posting])
