@@ -54,6 +54,8 @@ _UNDECIDED_EVERY_SECONDS = 15.0
 _UNDECIDED_AT_ONCE = 20
 # A lane in a slow handler's hands is tried again this often, and this long.
 _LANE_EVERY_SECONDS, _LANE_SECONDS = 0.2, 60.0
+# An undecided row is drawn again, and others wait behind it.
+_TIE_LANE_SECONDS = 5.0
 
 
 # Under which the reads of an object are kept: id, account, livemode.
@@ -285,11 +287,21 @@ class Reader:
     async def settle_undecided(self, *, every: float = 0.0) -> int:
         """Read the objects of rows that nothing in their events decides; return how many are settled.
 
-        Nothing if another process did it less than `every` seconds ago, or will not wait while Stripe is away.
+        A few at a time, and on as long as there are more of which some can be. Nothing if another process did it less
+        than `every` seconds ago, or will not wait while Stripe is away.
         """
         async with self._pool.acquire(timeout=10) as db:
             if await db.fetchval(_SQL["take_undecided"], every) is None:
                 return 0
+        settled, more = 0, True
+        while more:
+            some, drawn = await self._settle_some()
+            settled += some
+            more = some > 0 and drawn == _UNDECIDED_AT_ONCE
+        return settled
+
+    async def _settle_some(self) -> tuple[int, int]:
+        async with self._pool.acquire(timeout=10) as db:
             rows = await db.fetch(_SQL["undecided"], _UNDECIDED_AT_ONCE, *self._reach)
             known = await projections.reads_of(db, {(row["id"], row["account"], row["livemode"]) for row in rows})
         settled = 0
@@ -297,7 +309,7 @@ class Reader:
             second = projections.second_of(rank)
             if is_known:
                 told = [one.read for one in known.get((object_id, account, livemode), ())]
-                if told and await self._apply(max(told, key=projections.rank_of_read)):
+                if told and await self._apply(max(told, key=projections.rank_of_read), patience=_TIE_LANE_SECONDS):
                     happened("tie_settled", object_id=object_id, event_id=event_id)
                     settled += 1
                 continue
@@ -312,10 +324,10 @@ class Reader:
                 reason = error.what if isinstance(error, StripeKeyRefused) else "the request"
                 happened("read_refused", reason=reason, object_id=object_id)
                 continue
-            if read.second > second and await self._apply(read):
+            if read.second > second and await self._apply(read, patience=_TIE_LANE_SECONDS):
                 happened("tie_settled", object_id=object_id, event_id=event_id)
                 settled += 1
-        return settled
+        return settled, len(rows)
 
     async def _read_named(self, told: Read) -> None:
         """Read the object of which Stripe could not make an event."""
@@ -324,8 +336,8 @@ class Reader:
             read = await self._ask(named)
             await self._apply(read)
 
-    async def _apply(self, read: Read) -> bool:
-        until = time.monotonic() + _LANE_SECONDS
+    async def _apply(self, read: Read, *, patience: float = _LANE_SECONDS) -> bool:
+        until = time.monotonic() + patience
         while True:
             async with self._pool.acquire(timeout=10) as db, db.transaction():
                 result = await reads.apply(db, [read])

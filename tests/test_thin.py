@@ -816,6 +816,26 @@ async def test_what_no_event_decides_is_read_by_one_of_many(
         assert len(stripe.paths) == 3, "what Stripe does not have is not asked for again and again"
 
 
+async def test_many_rows_that_no_event_decides_are_read_in_one_turn(
+    db: Connection, database_url: str, settings: MakeSettings, stripe: StripeServer
+) -> None:
+    everybody = [example("customer", id=f"cus_{number}") for number in range(45)]
+    await put(
+        db,
+        *(
+            event_json(None, "customer.updated", {**one, "name": now}, previous={"name": before}, created=NOW)
+            for one in everybody
+            for now, before in (("Ada", "Bo"), ("Bo", "Ada"))
+        ),
+    )
+    stripe.show(*({**one, "name": "Ada"} for one in everybody))
+    async with house(database_url, settings, stripe) as here:
+        await here.work(db)
+        assert await here.reader.settle_undecided() == len(everybody)
+    rows = (await billing(db)).values()
+    assert {(row["name"], row["order_evidence"]) for row in rows} == {("Ada", "decided")}
+
+
 async def test_what_was_read_for_a_thin_event_that_its_twin_left_nothing_to_do_still_decides_its_row(
     db: Connection, database_url: str, settings: MakeSettings, stripe: StripeServer
 ) -> None:
