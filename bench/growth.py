@@ -154,14 +154,14 @@ class Growth:
                 since = await db.fetchval("SELECT clock_timestamp()")
                 wal = await _wal(db)
                 await quiet(self.session.patience)
-                async with Meter(pids) as meter:
-                    fired = await self.session.fire(
-                        peer.path,
-                        port,
-                        connections=_CONNECTIONS,
-                        seconds=self.options.seconds,
-                        expect=warm.rate * 2 + 1000,
-                    )
+                seconds = self.options.seconds
+                async with (
+                    self.session.signed(
+                        peer.path, connections=_CONNECTIONS, seconds=seconds, expect=warm.rate * 2 + 1000
+                    ) as file,
+                    Meter(pids) as meter,
+                ):
+                    fired = await load.fire(port, file, connections=_CONNECTIONS, seconds=seconds)
                 row = await db.fetchrow(_SINCE, since)
                 written = await _wal(db) - wal
         assert row is not None

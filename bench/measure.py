@@ -91,6 +91,27 @@ class Session:
         """The next `count` numbers, not yet taken."""
         return range(self._next, self._next + int(count))
 
+    @contextlib.asynccontextmanager
+    async def signed(self, path: str, *, connections: int, seconds: float, expect: float) -> AsyncIterator[Path]:
+        """A file of fresh requests, `expect` for each second and a few more.
+
+        For a fast peer signing takes a fifth as long as the window itself. Whoever meters the window opens this first:
+        metered with it, a peer seems the cheaper the faster it is.
+        """
+        file = self.folder / "requests"
+        count = max(int(expect * seconds), 200) + connections
+        words = {
+            "first": self.take(count),
+            "count": count,
+            "customers": self.customers,
+            "now": int(time.time()),
+        }
+        await asyncio.to_thread(write_requests, file, path, **words)
+        try:
+            yield file
+        finally:
+            file.unlink()
+
     async def fire(
         self,
         path: str,
@@ -102,19 +123,8 @@ class Session:
         note: Path | None = None,
     ) -> load.Load:
         """Send fresh events; `expect` per second are signed before it begins. Raises RanDry when that was too few."""
-        file = self.folder / "requests"
-        count = max(int(expect * seconds), 200) + connections
-        words = {
-            "first": self.take(count),
-            "count": count,
-            "customers": self.customers,
-            "now": int(time.time()),
-        }
-        await asyncio.to_thread(write_requests, file, path, **words)
-        try:
+        async with self.signed(path, connections=connections, seconds=seconds, expect=expect) as file:
             return await load.fire(port, file, connections=connections, seconds=seconds, note=note)
-        finally:
-            file.unlink()
 
     def probe(self, path: str, port: int) -> None:
         """Send one event of each type. Raises WrongAnswer unless all are answered 2xx."""
@@ -179,17 +189,16 @@ async def _measure(session: Session, peer: Peer, connections: int, seconds: floa
             await _drained(db, peer, run)
             await _settled(db, peer)
             # A slow one gets a longer window, so that what is in flight at its end is a small part of it.
-            longer = 3 if warm.rate * seconds < 10 * connections else 1
+            window = seconds * (3 if warm.rate * seconds < 10 * connections else 1)
             await quiet(session.patience)
             counted = await peer.count(db)
-            async with Meter(pids) as meter:
-                fired = await session.fire(
-                    peer.path,
-                    port,
-                    connections=connections,
-                    seconds=seconds * longer,
-                    expect=warm.rate * plenty + 50,
-                )
+            async with (
+                session.signed(
+                    peer.path, connections=connections, seconds=window, expect=warm.rate * plenty + 50
+                ) as file,
+                Meter(pids) as meter,
+            ):
+                fired = await load.fire(port, file, connections=connections, seconds=window)
                 ended = time.monotonic()
             at_end = await peer.count(db)
             run.backlog = await peer.waiting(db) if peer.processes else 0
