@@ -202,14 +202,14 @@ class _Comparison:
             return await self._as_they_stand(db, told)
 
     async def _as_they_stand(self, db: Connection, told: Sequence[_Look]) -> list[Finding]:
-        """What was found, and which of it is mended by now."""
+        """What was found, and which of it is mended by now; nothing of a row that somebody has erased."""
         rows: dict[tuple[str, str], Row] = {}
         for table, ids in _by_table(told):
             rows |= {(table, name): row for name, row in (await self._rows(db, table, ids)).items()}
         return [
-            replace(look.finding, mended=_look(rows[look.row.table, look.row.id], look.read, False).finding is None)
+            replace(look.finding, mended=_look(row, look.read, False).finding is None)
             for look in told
-            if look.finding
+            if look.finding and (row := rows.get((look.row.table, look.row.id)))
         ]
 
     async def _ask(self, table: str, object_id: str) -> Read:
