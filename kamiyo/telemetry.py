@@ -133,6 +133,7 @@ _LEVELS: dict[str, int] = {
     "tie_settled": _INFO,
     "reader_failed": _ERROR,
     "backfilled": _INFO,
+    "row_refused": _WARNING,
     "object_unreadable": _WARNING,
     "audited": _INFO,
     # telling people
