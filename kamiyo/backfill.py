@@ -48,11 +48,13 @@ class BackfillTakenOver(KamiyoError):
 
 @dataclass(frozen=True, slots=True)
 class Filled:
-    """What a run did to one collection: objects read in all its runs together, and those that could not be read."""
+    """What a run did to one collection: objects read in all its runs together, those that could not be read, and those
+    that PostgreSQL refused."""
 
     collection: str
     objects: int
     unreadable: int
+    refused: int
 
 
 Progress = Callable[[str, int], None]
@@ -99,6 +101,7 @@ class _Run:
     run: uuid.UUID
     progress: Progress
     unreadable: int = 0
+    refused: int = 0
 
     async def fill(self, filled_from: int | None, objects: int) -> Filled:
         self.progress(self.collection, objects)
@@ -113,7 +116,7 @@ class _Run:
             self.progress(self.collection, objects)
             if last:
                 break
-        return Filled(self.collection, objects, self.unreadable)
+        return Filled(self.collection, objects, self.unreadable, self.refused)
 
     async def _pages(self, path: str, params: dict[str, Any], since: int | None) -> AsyncIterator[tuple[Reply, bool]]:
         while True:
@@ -165,6 +168,9 @@ class _Run:
             for read in applied.unreadable:
                 self.unreadable += 1
                 happened("object_unreadable", object_type=read.object_type, object_id=read.object_id)
+            for refusal in applied.refused:
+                self.refused += 1
+                refusal.tell()
             if objects is not None:
                 return objects
             if applied.held_up:

@@ -359,6 +359,42 @@ async def test_an_object_that_stripe_never_documented_is_told_and_passed_over(
     assert (line["object_id"], line["object_type"]) == ("cus_odd", "customer")
 
 
+async def test_a_row_that_only_the_database_refuses_is_named_and_all_others_are_filled(
+    db: Connection,
+    database_url: str,
+    stripe: StripeServer,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    log: Log,
+) -> None:
+    names = set(show_customers(stripe, 150))
+    stripe.show(example("customer", id="cus_bad", name="Jenny Rosen", created=NOW - 950))
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"DATABASE_URL": database_url, "STRIPE_SECRET_KEY": KEY, "STRIPE_API_BASE": stripe.base}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["kamiyo", "backfill", "customers"])
+
+    def run() -> int | str | None:
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code
+
+    await db.execute("ALTER TABLE billing.customers ADD CONSTRAINT of_the_owners CHECK (name <> 'Jenny Rosen')")
+    try:
+        status = await asyncio.to_thread(run)
+    finally:
+        await db.execute("ALTER TABLE billing.customers DROP CONSTRAINT of_the_owners")
+    said = capsys.readouterr()
+    assert (status, {name for _, name in await billing(db)}) == (1, names), said.err
+    assert "customers: 151 objects in, 1 refused by PostgreSQL" in said.out
+    [line] = [line for line in log() if line["event"] == "row_refused"]
+    assert (line["object_id"], line["reason"]) == ("cus_bad", "23514, of_the_owners")
+    assert "kamiyo backfill customers --restart" in said.err
+    assert "Traceback" not in said.err and "Jenny Rosen" not in f"{said}{log()}"
+    assert await db.fetchval("SELECT count(*) FROM webhook_reads") == 150, "what has no row is not kept for a rebuild"
+
+
 async def test_a_connected_account_has_its_own_rows_and_its_own_way(
     db: Connection, database_url: str, settings: MakeSettings, stripe: StripeServer
 ) -> None:
