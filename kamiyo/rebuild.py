@@ -11,6 +11,7 @@ it, nothing is changed.
 
 import contextlib
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import TypeVar
 
@@ -30,7 +31,26 @@ _MOST_TRIES = 10
 
 _DAWN = datetime.fromisoformat("2000-01-01T00:00:00+00:00")
 
+# Who holds the lock of `hold_tables`, and since when it is in its transaction; of another role's session PostgreSQL may
+# not tell. Deliveries share that lock for a moment: not them.
+_HOLDER = """
+SELECT l.pid, a.application_name AS application, coalesce(a.xact_start, a.backend_start) AS since
+FROM pg_locks AS l LEFT JOIN pg_stat_activity AS a USING (pid)
+WHERE l.locktype = 'advisory' AND l.granted AND l.mode = 'ExclusiveLock' AND l.pid <> pg_backend_pid()
+  AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+  AND l.classid = (118038671810930 >> 32)::oid AND l.objid = (118038671810930 & 4294967295)::oid AND l.objsubid = 1
+"""
+
 _T = TypeVar("_T", Row, State)
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """The session that keeps a rebuild waiting: another rebuild, or statements that erase a customer."""
+
+    pid: int
+    application: str | None
+    since: datetime | None
 
 
 class RowsWouldGoBack(KamiyoError):
@@ -49,6 +69,7 @@ async def rebuild(
     mirrored: frozenset[str] = frozenset(),
     progress: Callable[[int], None] = lambda done: None,
     heard: Callable[[Refusal], None] = lambda refusal: None,
+    waits: Callable[[Holder], None] = lambda holder: None,
 ) -> int:
     """Make the four tables again in one transaction, and `stripe_objects` of what is `mirrored`; return how many events
     were read.
@@ -58,8 +79,14 @@ async def rebuild(
     be waited for in a ring: then it begins anew, but not within a transaction of the caller's. Within one nobody may
     clean up events meanwhile, either.
 
+    `waits` is told who makes the tables again already. It waits for that one and does it anew, for whoever began that
+    may have done so with an older version, or before something was mended.
+
     `heard` is told each object whose latest state PostgreSQL refuses. Raises RowsWouldGoBack where that stands now.
     """
+    holder = await db.fetchrow(_HOLDER)
+    if holder is not None:
+        waits(Holder(*holder))
     await db.execute(_SQL["hold_tables"])
     tries, apart = 1, False
     try:

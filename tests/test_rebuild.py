@@ -1,4 +1,4 @@
-"""Stories of a rebuild that meets what it does not expect: rows which only the database refuses."""
+"""Stories of a rebuild that meets what it does not expect: rows which only the database refuses, another rebuild."""
 
 import asyncio
 import contextlib
@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
+from kamiyo import database
 from kamiyo.cli.main import main
 from kamiyo.database import Connection
 from kamiyo.rebuild import RowsWouldGoBack, rebuild
 from kamiyo.refused import Refusal
 from kamiyo.worker import Worker
-from tests.conftest import Log, MakeSettings, event_json
+from tests.conftest import Log, MakeSettings, event_json, until, waiting_for_locks
 from tests.turns import NOW, billing, example, put, statuses, work_off, worker_on
 
 
@@ -46,7 +47,7 @@ async def command(monkeypatch: pytest.MonkeyPatch, url: str, folder: Path) -> in
     def run() -> int | str | None:
         with pytest.raises(SystemExit) as ended:
             main()
-        return ended.value.code
+        return ended.value.code or 0
 
     return await asyncio.to_thread(run)
 
@@ -123,3 +124,37 @@ async def test_an_object_of_the_mirror_that_the_database_refuses_is_named_too(db
         await rebuild(db, mirrored=frozenset({"all"}), heard=refused.append)
     assert [str(one) for one in refused] == ["stripe_objects charge ch_2 by evt_ch_2 (23514, of_the_owners)"]
     assert (await shown(), [row["id"] for row in before]) == (before, ["ch_1"])
+
+
+# ── Another rebuild ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_rebuild_beside_another_says_whom_it_waits_for_and_is_done_when_that_is(
+    db: Connection,
+    database_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    await put(db, customer("Ada", "evt_1", "cus_1"))
+    other = await database.connect(database_url, application="test other")
+    try:
+        async with other.transaction():
+            await other.execute("LOCK TABLE stripe_objects")
+            going_on = asyncio.create_task(rebuild(db, mirrored=frozenset({"all"})))
+            await until(lambda: _waiting(other, 1))
+            second = asyncio.create_task(command(monkeypatch, database_url, tmp_path))
+            await until(lambda: _waiting(other, 2))
+        assert (await going_on, await second) == (1, 0)
+    finally:
+        await other.close()
+    told = capsys.readouterr()
+    [sentence] = [line for line in told.err.splitlines() if line.startswith("kamiyo: ")]
+    assert f"another session (pid {db.get_server_pid()}, test, since " in sentence
+    assert "waits until that is done" in sentence and "Ctrl-C" in sentence
+    assert await command(monkeypatch, database_url, tmp_path) == 0
+    assert "waits" not in capsys.readouterr().err
+
+
+async def _waiting(db: Connection, sessions: int) -> bool:
+    return await waiting_for_locks(db) == sessions
