@@ -265,6 +265,39 @@ async def test_the_object_behind_which_it_would_go_on_may_be_gone(
             await backfill(pool, api, ["invoices"])
 
 
+@pytest.mark.parametrize("times", [1, 1000])
+async def test_a_card_that_is_detached_between_two_pages_begins_its_customers_list_again_and_not_for_ever(
+    times: int,
+    db: Connection,
+    database_url: str,
+    settings: MakeSettings,
+    stripe: StripeServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    [customer] = show_customers(stripe, 1)
+    cards = [example("payment_method", id=f"pm_{n:03}", customer=customer, created=NOW - n) for n in range(250)]
+    stripe.show(*cards)
+    path, behind, answer = f"/v1/customers/{customer}/payment_methods", cards[99:], stripe.answer
+
+    async def answer_and_detach_the_last_of_the_page(request: Any, call: Any) -> Any:
+        said = await answer(request, call)
+        if request.url.path == path and "starting_after" not in request.query_params and len(behind) > 151 - times:
+            stripe.show({**behind.pop(0), "customer": None})
+        return said
+
+    monkeypatch.setattr(stripe, "answer", answer_and_detach_the_last_of_the_page)
+    async with asking(database_url, settings, stripe) as (pool, api):
+        filling = backfill(pool, api, ["payment_methods"])
+        if times == 1:
+            [done] = await filling
+            assert done.objects == len(await billing(db)) == 249
+            assert stripe.paths.count(path) == 2 + 3, "two of the first list, three of the next"
+        else:
+            with pytest.raises(StripeRefused, match="resource_missing"):
+                await filling
+            assert stripe.paths.count(path) <= 10
+
+
 async def test_all_of_it_goes_on_where_it_was_and_begins_again_when_it_was_finished(
     db: Connection, database_url: str, settings: MakeSettings, stripe: StripeServer
 ) -> None:
