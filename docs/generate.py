@@ -216,7 +216,7 @@ def metrics() -> dict[str, tuple[str, str, tuple[str, ...]]]:
     found = {}
     for metric in (
         *(telemetry.EVENTS, telemetry.DURATION, telemetry.RECEIVED, telemetry.DUPLICATES, telemetry.REJECTED),
-        *(telemetry.RETRIES, telemetry.DEAD, telemetry.COMMIT, telemetry.BATCH),
+        *(telemetry.RETRIES, telemetry.DEAD, telemetry.WORKER_ERRORS, telemetry.COMMIT, telemetry.BATCH),
     ):
         [family] = metric.describe()
         name = f"{family.name}_total" if family.type == "counter" else family.name

@@ -7,6 +7,7 @@ event, and cannot fail either. Channels are Apprise URLs (Discord, Slack, e-mail
     event_died      an event has used up its tries, or was buried; one incident for each cause
     failure_rate    over 20 % of a type's events of the last quarter of an hour failed, and at least five
     overdue         the oldest due event has waited for over five minutes: is a worker running?
+    maintenance     no worker has made the coming days' tables since yesterday
     bad_signatures  at least ten deliveries within five minutes were not signed with our secret
     reads_overdue   an event has waited for over five minutes until what it is about is read from Stripe
     stripe_refuses  Stripe refuses STRIPE_SECRET_KEY, or lets it not read something that is needed
@@ -24,6 +25,7 @@ from datetime import datetime
 from importlib import import_module
 from typing import Any
 
+from kamiyo import inbox
 from kamiyo.database import DATABASE_ERRORS, Connection, Pool, load_queries
 from kamiyo.settings import Settings
 from kamiyo.telemetry import happened
@@ -40,7 +42,10 @@ _BURST_SECONDS = 300.0
 _BURST = 10
 
 #: The families that a look decides as a whole: what it does not see any more is over.
-_FAMILIES = ["event_died", "failure_rate", "overdue", "reads_overdue", "stripe_refuses", "missed", "silence"]
+_FAMILIES = [
+    *("event_died", "failure_rate", "overdue", "maintenance"),
+    *("reads_overdue", "stripe_refuses", "missed", "silence"),
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +234,18 @@ async def find(db: Connection) -> list[Incident]:
                 f"{_and_more(overdue['due'] - 1)}. Is a worker running (kamiyo worker, or KAMIYO_WORKER on in a "
                 "server)? Or do handlers take longer than events come?",
                 "/events?status=pending",
+            )
+        )
+    left = await inbox.days_left(db)
+    if left is not None:
+        found.append(
+            Incident(
+                "maintenance",
+                "Maintenance does not get done",
+                f"No worker has made the coming days' tables since yesterday: events can be stored for {left} "
+                f"day{'s' * (left != 1)} more, then deliveries are answered 503. Is a worker running? worker_failed or "
+                "maintenance_failed in its log says why.",
+                "/",
             )
         )
     found += await _unread(db)

@@ -19,6 +19,7 @@ from typing import Any
 from kamiyo import inbox, projections, reads
 from kamiyo.database import Connection, Pool, load_queries
 from kamiyo.projections import ProjectionError, Read, Row
+from kamiyo.refused import Refusal
 from kamiyo.shapes import COLUMNS, PATHS, TABLES
 from kamiyo.stripe_api import StripeApi, StripeGone, together
 from kamiyo.telemetry import happened
@@ -92,11 +93,13 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Audited:
-    """How many rows were compared, what is wrong, and how many changed too often to tell."""
+    """How many rows were compared, what is wrong, how many changed too often to tell, and which PostgreSQL
+    does not let be mended."""
 
     checked: int
     findings: list[Finding]
     unsettled: int
+    refused: tuple[Refusal, ...]
 
 
 async def sizes(db: Connection, account: str, livemode: bool, share: float) -> dict[str, tuple[int, float]]:
@@ -141,9 +144,11 @@ async def audit(
         await pause()
         certain, suspects = await comparison.look_again(suspects)
         told += certain
-    findings = await comparison.mend(told) if repair else [look.finding for look in told if look.finding]
+    findings, refused = [look.finding for look in told if look.finding], list[Refusal]()
+    if repair:
+        findings, refused = await comparison.mend(told)
     happened("audited", count=checked, differing=len(findings), mended=sum(one.mended for one in findings))
-    return Audited(checked, findings, len(suspects))
+    return Audited(checked, findings, len(suspects), tuple(refused))
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,26 +195,26 @@ class _Comparison:
                     (certain if look.confirms(earlier[look.row.id]) else again).append(look)
         return certain, again
 
-    async def mend(self, told: Sequence[_Look]) -> list[Finding]:
-        """Put what Stripe says into the tables; the findings, saying which of them are mended."""
-        mendable = [look for look in told if look.read.body and look.finding]
+    async def mend(self, told: Sequence[_Look]) -> tuple[list[Finding], list[Refusal]]:
+        """Put what Stripe says into the tables; the findings, saying which of them are mended, and what was refused."""
+        mendable, refused = [look for look in told if look.read.body and look.finding], list[Refusal]()
         if mendable:
             async with self.pool.acquire(timeout=10) as db:
                 line = await inbox.audit(db, "audit repair", {"account": self.account}, 0)
             for start in range(0, len(mendable), _CHUNK):
-                await self._apply(mendable[start : start + _CHUNK], line)
+                refused += await self._apply(mendable[start : start + _CHUNK], line)
         async with self.pool.acquire(timeout=10) as db:
-            return await self._as_they_stand(db, told)
+            return await self._as_they_stand(db, told), refused
 
     async def _as_they_stand(self, db: Connection, told: Sequence[_Look]) -> list[Finding]:
-        """What was found, and which of it is mended by now."""
+        """What was found, and which of it is mended by now; nothing of a row that somebody has erased."""
         rows: dict[tuple[str, str], Row] = {}
         for table, ids in _by_table(told):
             rows |= {(table, name): row for name, row in (await self._rows(db, table, ids)).items()}
         return [
-            replace(look.finding, mended=_look(rows[look.row.table, look.row.id], look.read, False).finding is None)
+            replace(look.finding, mended=_look(row, look.read, False).finding is None)
             for look in told
-            if look.finding
+            if look.finding and (row := rows.get((look.row.table, look.row.id)))
         ]
 
     async def _ask(self, table: str, object_id: str) -> Read:
@@ -227,19 +232,23 @@ class _Comparison:
         rows = (Row(table, i, self.account, self.api.livemode, tuple(v), *told) for i, *v, told in map(_split, found))
         return {row.id: row for row in rows}
 
-    async def _apply(self, told: Sequence[_Look], line: int) -> None:
-        waiting = told
+    async def _apply(self, told: Sequence[_Look], line: int) -> list[Refusal]:
+        waiting, refused = told, list[Refusal]()
         for _ in range(_MOST_LANE_TRIES):
             async with self.pool.acquire(timeout=10) as db, db.transaction():
-                held_up = (await reads.apply(db, [look.read for look in waiting])).held_up
-                applied = [look for look in waiting if look.read not in held_up]
+                result = await reads.apply(db, [look.read for look in waiting])
+                applied = [look for look in waiting if look.read not in result.held_up]
                 if applied:
                     findings = await self._as_they_stand(db, applied)
                     await inbox.audit_part(db, line, sum(one.mended for one in findings))
-                waiting = [look for look in waiting if look.read in held_up]
+                waiting = [look for look in waiting if look.read in result.held_up]
+            for refusal in result.refused:
+                refusal.tell()
+            refused += result.refused
             if not waiting:
-                return
+                break
             await asyncio.sleep(_LANE_SECONDS)  # a worker holds their lanes
+        return refused
 
 
 def _split(record: Iterable[Any]) -> tuple[Any, ...]:

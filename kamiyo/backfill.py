@@ -38,6 +38,9 @@ _PATIENCE_SECONDS = 600.0
 # of a hundred customers are not bounded by a page.
 _AT_ONCE = 500
 
+# How often the list of a customer's cards is begun: each time one more of them must have gone between two pages.
+_MOST_STARTS = 5
+
 # How soon a page that met a held lane is tried again: a handler may take its time.
 _LANE_SECONDS = (0.02, 1.0)
 
@@ -48,11 +51,13 @@ class BackfillTakenOver(KamiyoError):
 
 @dataclass(frozen=True, slots=True)
 class Filled:
-    """What a run did to one collection: objects read in all its runs together, and those that could not be read."""
+    """What a run did to one collection: objects read in all its runs together, those that could not be read, and those
+    that PostgreSQL refused."""
 
     collection: str
     objects: int
     unreadable: int
+    refused: int
 
 
 Progress = Callable[[str, int], None]
@@ -99,6 +104,7 @@ class _Run:
     run: uuid.UUID
     progress: Progress
     unreadable: int = 0
+    refused: int = 0
 
     async def fill(self, filled_from: int | None, objects: int) -> Filled:
         self.progress(self.collection, objects)
@@ -113,7 +119,7 @@ class _Run:
             self.progress(self.collection, objects)
             if last:
                 break
-        return Filled(self.collection, objects, self.unreadable)
+        return Filled(self.collection, objects, self.unreadable, self.refused)
 
     async def _pages(self, path: str, params: dict[str, Any], since: int | None) -> AsyncIterator[tuple[Reply, bool]]:
         while True:
@@ -137,11 +143,19 @@ class _Run:
 
     async def _payment_methods_of(self, customer: str) -> list[Read]:
         path, found = f"/v1/customers/{customer}/payment_methods", list[Read]()
-        try:
-            async for page, _ in self.api.pages(path, account=self.account, patience=_PATIENCE_SECONDS):
-                found += [self._read(one, page) for one in page.value["data"]]
-        except StripeGone:
-            pass  # deleted since it was listed; an event tells
+        for start in range(1, _MOST_STARTS + 1):
+            found.clear()
+            try:
+                async for page, _ in self.api.pages(path, account=self.account, patience=_PATIENCE_SECONDS):
+                    found += [self._read(one, page) for one in page.value["data"]]
+                break
+            except StripeGone:
+                break  # deleted since it was listed; an event tells
+            except StripeRefused:
+                # The card behind which the next page begins may be detached by now, and this list cannot go on from a
+                # second. Where not even a first page was given, it is something else.
+                if not found or start == _MOST_STARTS:
+                    raise
         return found
 
     async def _take_in(self, found: Sequence[Read], oldest: int | None, last: bool) -> int:
@@ -165,6 +179,9 @@ class _Run:
             for read in applied.unreadable:
                 self.unreadable += 1
                 happened("object_unreadable", object_type=read.object_type, object_id=read.object_id)
+            for refusal in applied.refused:
+                self.refused += 1
+                refusal.tell()
             if objects is not None:
                 return objects
             if applied.held_up:

@@ -583,6 +583,16 @@ async def fold_counts(db: Connection) -> int:
     return int(await db.fetchval(_SQL["fold"]))
 
 
+async def days_left(db: Connection) -> int | None:
+    """For how many days after today events can be stored; None while maintenance makes the coming days' tables."""
+    days = max(int(await db.fetchval(_SQL["days_ahead"]) or 0), 0)
+    return days if days < _DAYS_AHEAD else None
+
+
+# Every hour a worker makes the tables of the next seven days. Where there are fewer than six, none did since yesterday.
+_DAYS_AHEAD = 6
+
+
 def state_of(row: asyncpg.Record | Mapping[str, Any]) -> State:
     """Where the event of a row stands, in one word: never `failed`, of which there are two kinds."""
     if row["status"] == "pending" and row.get("read_due_at") is not None:

@@ -367,5 +367,10 @@ SELECT (SELECT coalesce(sum(received - processed - failed), 0) FROM webhook_coun
 -- name: fold
 SELECT webhook_fold_counts();
 
+-- name: days_ahead
+-- For how many days after today bodies can be stored. Names tell, because a bound is only text to be parsed.
+SELECT max(to_date(right(c.relname, 8), 'YYYYMMDD')) - (now() AT TIME ZONE 'UTC')::date
+FROM pg_inherits AS i JOIN pg_class AS c ON c.oid = i.inhrelid WHERE i.inhparent = to_regclass('webhook_payloads');
+
 -- name: ensure_partitions
 SELECT webhook_ensure_partitions((now() AT TIME ZONE 'UTC')::date - 1, 9);

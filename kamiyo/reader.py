@@ -341,6 +341,8 @@ class Reader:
         while True:
             async with self._pool.acquire(timeout=10) as db, db.transaction():
                 result = await reads.apply(db, [read])
+            for refusal in result.refused:
+                refusal.tell()
             if not result.held_up:
                 return bool(result.rows)
             if time.monotonic() > until:

@@ -14,6 +14,7 @@ from kamiyo.database import Connection, load_queries
 from kamiyo.errors import PayloadError
 from kamiyo.event import Event, decode, lane_of
 from kamiyo.projections import ProjectionError, Read, Row, Stored
+from kamiyo.refused import Refusal, write_apart
 from kamiyo.shapes import PATHS
 
 _SQL = load_queries("reads.sql")
@@ -85,7 +86,8 @@ def for_event(event: Event, second: int, stored: Sequence[Stored]) -> Found | No
 
 @dataclass(slots=True)
 class Applied:
-    """What became of some reads: the rows they tell, those whose lane was held, those that cannot be read at all.
+    """What became of some reads: the rows they tell, those whose lane was held, those that cannot be read at all, and
+    what only PostgreSQL refuses.
 
     A row is what the read says; where something newer is known already, the table says that.
     """
@@ -93,12 +95,14 @@ class Applied:
     rows: list[Row] = field(default_factory=list)
     held_up: list[Read] = field(default_factory=list)
     unreadable: list[Read] = field(default_factory=list)
+    refused: list[Refusal] = field(default_factory=list)
 
 
 async def apply(db: Connection, reads: Sequence[Read]) -> Applied:
     """Store `reads` and bring the billing tables up to date with them, in the caller's transaction.
 
-    Never waits for a lane: what is `held_up` is to be applied again a moment later. An object may come twice.
+    Never waits for a lane: what is `held_up` is to be applied again a moment later. An object may come twice. What is
+    `refused` is not stored either: a rebuild makes its tables of all reads there are.
     """
     result = Applied()
     free = await _hold(db, reads)
@@ -110,11 +114,21 @@ async def apply(db: Connection, reads: Sequence[Read]) -> Applied:
             result.unreadable.append(read)
         else:
             fit.append(read)
-    kept = await projections.keep_reads(db, fit)
-    result.rows = [row for row in map(projections.row_of_read, kept) if row is not None]
-    if result.rows:
-        await ties.project_rows(db, result.rows)
+
+    async def take_in(some: Sequence[Read]) -> None:
+        kept = await projections.keep_reads(db, some)
+        rows = [row for row in map(projections.row_of_read, kept) if row is not None]
+        if rows:
+            await ties.project_rows(db, rows)
+        result.rows += rows
+
+    result.refused = [_refusal(*one) for one in await write_apart(db, fit, take_in)]
     return result
+
+
+def _refusal(read: Read, why: str) -> Refusal:
+    place = projections.table_of_type(read.object_type) or read.object_type
+    return Refusal(place, *read.key, read.source, projections.rank_of_read(read), why)
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,6 +72,9 @@ DUPLICATES = Counter("webhook_duplicates_total", "Deliveries of events already s
 REJECTED = Counter("webhook_rejected_total", "Deliveries refused, by reason.", ["reason"])
 RETRIES = Counter("webhook_retries_total", "Failed tries that will be tried again.", ["event_type"])
 DEAD = Counter("webhook_dead_total", "Events given up after their last try.", ["event_type"])
+WORKER_ERRORS = Counter(
+    "webhook_worker_errors_total", "Errors nobody thought of, which a worker went on after, by what it did.", ["part"]
+)
 COMMIT = Histogram(
     "webhook_commit_duration_seconds",
     "Time of one group commit.",
@@ -109,6 +112,7 @@ _LEVELS: dict[str, int] = {
     "claim_lost": _WARNING,
     "order_undecided": _WARNING,
     "worker_turn_failed": _ERROR,
+    "worker_failed": _ERROR,
     "claim_given_back": _INFO,
     "silent_sessions_ended": _WARNING,
     "event_loop_stuck": _ERROR,
@@ -129,6 +133,7 @@ _LEVELS: dict[str, int] = {
     "tie_settled": _INFO,
     "reader_failed": _ERROR,
     "backfilled": _INFO,
+    "row_refused": _WARNING,
     "object_unreadable": _WARNING,
     "audited": _INFO,
     # telling people

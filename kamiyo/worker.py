@@ -18,8 +18,10 @@ import contextlib
 import json
 import random
 import time
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import asyncpg
 
@@ -55,6 +57,11 @@ _HELP_EVERY_SECONDS = 0.2
 _REST_SECONDS = 3.0
 
 _AWAY: tuple[type[BaseException], ...] = (*DATABASE_ERRORS, DatabaseUnavailable)
+
+# After an error that nobody thought of: the first pause, and the longest. Each is twice the one before, until a part
+# of the worker has gone well for as long as the longest.
+_PAUSE_SECONDS = (0.5, 60.0)
+
 _FOLD_EVERY_SECONDS = 5.0
 _PARTITIONS_EVERY_SECONDS = 3600.0
 
@@ -102,6 +109,9 @@ class Worker:
     def __post_init__(self) -> None:
         self._wake = asyncio.Event()
         self._stopping = False
+        self._stopped = asyncio.Event()
+        # By part: when it went on after an error that nobody thought of, and after what pause.
+        self._pauses: dict[str, tuple[float, float]] = {}
         self._hands: set[asyncio.Task[None]] = set()
         self._resting: asyncio.Future[None] | None = None
         self._help = asyncio.Event()
@@ -121,9 +131,10 @@ class Worker:
     async def run(self) -> None:
         """Work until `stop`, through whatever the database does."""
         async with asyncio.TaskGroup() as tasks:
-            watching = [tasks.create_task(self._listen()), tasks.create_task(self._maintain())]
+            parts = {"listening": self._listen, "maintenance": self._maintain}
             if self.reader is not None:
-                watching.append(tasks.create_task(self.reader.run()))
+                parts["reader"] = self.reader.run
+            watching = [tasks.create_task(self._keep_at(part, work)) for part, work in parts.items()]
             while not self._stopping:
                 self._wake.clear()
                 if self._resting is not None and not self._resting.done():
@@ -148,6 +159,7 @@ class Worker:
     def stop(self) -> None:
         """Finish the events being handled, give the rest back, and let `run` return."""
         self._stopping = True
+        self._stopped.set()
         self._wake.set()
         if self._resting is not None and not self._resting.done():
             self._resting.set_result(None)
@@ -157,7 +169,39 @@ class Worker:
         for hand in self._hands:
             hand.cancel()
 
+    async def _keep_at(self, part: str, work: Callable[[], Awaitable[None]]) -> None:
+        while not self._stopping:
+            async with self._unharmed(part):
+                await work()
+
+    @contextlib.asynccontextmanager
+    async def _unharmed(self, part: str) -> AsyncIterator[None]:
+        # An error that nobody thought of must not end the other parts, nor be passed over: it is told each time, and
+        # what does not get done for it shows as events or maintenance that are overdue.
+        try:
+            yield
+        except (Exception, asyncio.CancelledError) as error:
+            # Nobody cancels a part but to stop it; what comes from within would end it unseen.
+            if isinstance(error, asyncio.CancelledError) and _is_being_cancelled():
+                raise
+            telemetry.WORKER_ERRORS.labels(part).inc()
+            happened("worker_failed", part=part, error=type(error).__name__, place=_place_of(error))
+            await self._pause_after_error(part)
+
+    async def _pause_after_error(self, part: str) -> None:
+        first, longest = _PAUSE_SECONDS
+        went_on, last = self._pauses.get(part, (0.0, 0.0))
+        pause = min(2 * last, longest) if last and time.monotonic() - went_on < longest else first
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(pause * self.rng.uniform(0.8, 1.2)):
+                await self._stopped.wait()
+        self._pauses[part] = (time.monotonic(), pause)
+
     async def _lend_a_hand(self) -> None:
+        async with self._unharmed("turn"):
+            await self._take_turns()
+
+    async def _take_turns(self) -> None:
         try:
             async with self.pool.acquire(timeout=10) as db:
                 await db.execute(_NOTICE_MY_DEATH)
@@ -636,6 +680,16 @@ END $$
 _FIRST_SAVEPOINT = "SAVEPOINT handler"
 _NEXT_SAVEPOINT = "RELEASE SAVEPOINT handler; SAVEPOINT handler"
 _BACK_TO_SAVEPOINT = "ROLLBACK TO SAVEPOINT handler"
+
+
+def _place_of(error: BaseException) -> str:
+    """The last line of this package that it came through: file and line, and nothing of what it says."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(_HERE)]
+    return f"{Path(ours[-1].filename).relative_to(_HERE)}:{ours[-1].lineno}" if ours else ""
+
+
+_HERE = Path(__file__).parent
 
 
 def _is_being_cancelled() -> bool:

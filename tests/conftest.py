@@ -22,6 +22,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeAlias, TypeVar, cast
@@ -381,6 +382,20 @@ async def locks_waited_for(db: Connection) -> AsyncIterator[None]:
         yield
     finally:
         await db.execute(f"ALTER FUNCTION webhook_receive SET lock_timeout = '{kept}'")
+
+
+@contextlib.asynccontextmanager
+async def days_ahead_missing(db: Connection) -> AsyncIterator[None]:
+    """Meanwhile and for `db` alone, bodies have tables as far ahead as after a day or two without maintenance."""
+    transaction = db.transaction()
+    await transaction.start()
+    try:
+        for days in (6, 7):
+            day = await db.fetchval("SELECT to_char(now() AT TIME ZONE 'UTC' + $1, 'YYYYMMDD')", timedelta(days=days))
+            await db.execute(f"DROP TABLE IF EXISTS webhook_payloads_{day}")
+        yield
+    finally:
+        await transaction.rollback()
 
 
 # Out of the table of locks, for that shows each moment also within a transaction, which pg_stat_activity does not.

@@ -16,7 +16,7 @@ from kamiyo.database import Connection
 from kamiyo.event import Event, parse
 from kamiyo.handlers import Bury, Registry
 from kamiyo.worker import Worker
-from tests.conftest import MakeSettings, event_json, fresh_id, until
+from tests.conftest import MakeSettings, days_ahead_missing, event_json, fresh_id, until
 
 
 @dataclass
@@ -148,6 +148,14 @@ async def test_an_event_that_nobody_takes_for_five_minutes_is_an_incident(db: Co
     assert incident.key == "overdue"
     assert event_id in incident.body
     assert "Is a worker running" in incident.body
+
+
+async def test_days_ahead_that_no_worker_makes_are_an_incident(db: Connection) -> None:
+    assert await find(db) == []
+    async with days_ahead_missing(db):
+        [incident] = await find(db)
+    assert incident.key == "maintenance"
+    assert "for 5 days more" in incident.body and "worker_failed" in incident.body
 
 
 async def test_a_type_that_fails_often_is_an_incident(db: Connection) -> None:

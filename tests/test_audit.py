@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from kamiyo import audit as auditing
+from kamiyo import inbox
 from kamiyo.audit import AT_LEAST, PRIVATE, Audited, Verdict, audit, sizes
 from kamiyo.cli.main import app as command_line
 from kamiyo.database import Connection
@@ -177,6 +178,41 @@ async def test_what_a_repair_had_mended_when_it_was_ended_is_written_down(
     assert [tuple(row) for row in await db.fetch("SELECT action, count FROM webhook_audit")] == [("audit repair", 1)]
     names = {name: row["name"] for (_, name), row in (await billing(db)).items()}
     assert names == {"cus_1": "Ada", "cus_2": "x"}
+
+
+async def test_what_only_the_database_refuses_is_told_and_all_others_are_mended(
+    db: Connection, worker: Worker, stripe: StripeServer, ask: Ask
+) -> None:
+    await known(db, worker, stripe, *(example("customer", id=f"cus_{number}", name="Ada") for number in range(5)))
+    await db.execute("UPDATE billing.customers SET name = 'x'")
+    await db.execute("ALTER TABLE billing.customers ADD CONSTRAINT of_the_owners CHECK (id <> 'cus_3' OR name = 'x')")
+    try:
+        done = await ask(repair=True)
+    finally:
+        await db.execute("ALTER TABLE billing.customers DROP CONSTRAINT of_the_owners")
+    assert {one.id for one in done.findings if not one.mended} == {"cus_3"} and len(done.findings) == 5
+    assert [str(one) for one in done.refused] == ["customers cus_3 by audit (23514, of_the_owners)"]
+    assert {name: row["name"] for (_, name), row in (await billing(db)).items() if row["name"] != "Ada"} == {
+        "cus_3": "x"
+    }
+
+
+async def test_a_row_that_is_erased_while_others_are_mended_is_told_no_more(
+    db: Connection, worker: Worker, stripe: StripeServer, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await known(db, worker, stripe, *(example("customer", id=name, name="Ada") for name in ("cus_1", "cus_404")))
+    await db.execute("UPDATE billing.customers SET name = 'x' WHERE id = 'cus_1'")
+    stripe.forget("customer", "cus_404")
+    begin = inbox.audit
+
+    async def begin_after_an_erasure(*what: Any) -> int:
+        await db.execute("DELETE FROM billing.customers WHERE id = 'cus_404'")
+        return await begin(*what)
+
+    monkeypatch.setattr(inbox, "audit", begin_after_an_erasure)
+    done = await ask(repair=True)
+    assert [(one.id, one.mended) for one in done.findings] == [("cus_1", True)]
+    assert {name for _, name in await billing(db)} == {"cus_1"}
 
 
 # ── What only looks so ──────────────────────────────────────────────────────────────────────────────────────────

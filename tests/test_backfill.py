@@ -265,6 +265,39 @@ async def test_the_object_behind_which_it_would_go_on_may_be_gone(
             await backfill(pool, api, ["invoices"])
 
 
+@pytest.mark.parametrize("times", [1, 1000])
+async def test_a_card_that_is_detached_between_two_pages_begins_its_customers_list_again_and_not_for_ever(
+    times: int,
+    db: Connection,
+    database_url: str,
+    settings: MakeSettings,
+    stripe: StripeServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    [customer] = show_customers(stripe, 1)
+    cards = [example("payment_method", id=f"pm_{n:03}", customer=customer, created=NOW - n) for n in range(250)]
+    stripe.show(*cards)
+    path, behind, answer = f"/v1/customers/{customer}/payment_methods", cards[99:], stripe.answer
+
+    async def answer_and_detach_the_last_of_the_page(request: Any, call: Any) -> Any:
+        said = await answer(request, call)
+        if request.url.path == path and "starting_after" not in request.query_params and len(behind) > 151 - times:
+            stripe.show({**behind.pop(0), "customer": None})
+        return said
+
+    monkeypatch.setattr(stripe, "answer", answer_and_detach_the_last_of_the_page)
+    async with asking(database_url, settings, stripe) as (pool, api):
+        filling = backfill(pool, api, ["payment_methods"])
+        if times == 1:
+            [done] = await filling
+            assert done.objects == len(await billing(db)) == 249
+            assert stripe.paths.count(path) == 2 + 3, "two of the first list, three of the next"
+        else:
+            with pytest.raises(StripeRefused, match="resource_missing"):
+                await filling
+            assert stripe.paths.count(path) <= 10
+
+
 async def test_all_of_it_goes_on_where_it_was_and_begins_again_when_it_was_finished(
     db: Connection, database_url: str, settings: MakeSettings, stripe: StripeServer
 ) -> None:
@@ -357,6 +390,42 @@ async def test_an_object_that_stripe_never_documented_is_told_and_passed_over(
     assert {name for _, name in await billing(db)} == {"cus_000", "cus_001", "cus_nul"}
     [line] = [line for line in log() if line["event"] == "object_unreadable"]
     assert (line["object_id"], line["object_type"]) == ("cus_odd", "customer")
+
+
+async def test_a_row_that_only_the_database_refuses_is_named_and_all_others_are_filled(
+    db: Connection,
+    database_url: str,
+    stripe: StripeServer,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    log: Log,
+) -> None:
+    names = set(show_customers(stripe, 150))
+    stripe.show(example("customer", id="cus_bad", name="Jenny Rosen", created=NOW - 950))
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"DATABASE_URL": database_url, "STRIPE_SECRET_KEY": KEY, "STRIPE_API_BASE": stripe.base}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["kamiyo", "backfill", "customers"])
+
+    def run() -> int | str | None:
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code
+
+    await db.execute("ALTER TABLE billing.customers ADD CONSTRAINT of_the_owners CHECK (name <> 'Jenny Rosen')")
+    try:
+        status = await asyncio.to_thread(run)
+    finally:
+        await db.execute("ALTER TABLE billing.customers DROP CONSTRAINT of_the_owners")
+    said = capsys.readouterr()
+    assert (status, {name for _, name in await billing(db)}) == (1, names), said.err
+    assert "customers: 151 objects in, 1 refused by PostgreSQL" in said.out
+    [line] = [line for line in log() if line["event"] == "row_refused"]
+    assert (line["object_id"], line["reason"]) == ("cus_bad", "23514, of_the_owners")
+    assert "kamiyo backfill customers --restart" in said.err
+    assert "Traceback" not in said.err and "Jenny Rosen" not in f"{said}{log()}"
+    assert await db.fetchval("SELECT count(*) FROM webhook_reads") == 150, "what has no row is not kept for a rebuild"
 
 
 async def test_a_connected_account_has_its_own_rows_and_its_own_way(

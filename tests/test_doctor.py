@@ -41,6 +41,7 @@ from tests.conftest import (
     MakeSettings,
     NewDatabase,
     Served,
+    days_ahead_missing,
     deliver,
     event_json,
     noop,
@@ -307,6 +308,14 @@ async def test_events_that_wait_with_no_worker_are_told(
     await db.execute("UPDATE webhook_events SET next_try_at = now() - interval '10 minutes'")
     found = await look(settings(KAMIYO_WORKER=False), database_url)
     assert (of(found, "workers").verdict, of(found, "events").verdict) == (fail, fail), of(found, "events")
+
+
+async def test_workers_that_do_not_make_the_days_ahead_are_told(db: Connection, database_url: str) -> None:
+    async with database.listening(database_url, lambda: None):
+        assert (await processing.workers(db)).verdict is pass_
+        async with days_ahead_missing(db):
+            late = await processing.workers(db)
+    assert late.verdict is fail and "room for 5 days more" in late.seen and "worker_failed" in late.mend
 
 
 async def test_how_asking_stripe_goes_is_told(db: Connection, database_url: str, settings: MakeSettings) -> None:

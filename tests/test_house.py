@@ -23,7 +23,7 @@ FLOORS: list[set[str]] = [
     {"postgres", "database"},
     {"stripe_api"},
     {"projections"},
-    {"inbox"},
+    {"inbox", "refused"},
     {"ties", "mirror"},
     {"reads"},
     {"handlers", "rebuild", "alerts", "simulator"},

@@ -55,6 +55,16 @@ def test_a_port_that_is_taken_is_said_in_one_sentence_before_anything_starts(
     assert "--port" in said
 
 
+def test_a_worker_whose_port_for_metrics_is_taken_says_so_in_one_sentence_before_it_starts(tmp_path: Path) -> None:
+    with socket.create_server(("", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        status, _, said = kamiyo(tmp_path, "worker", "--metrics-port", port)
+    assert (status, "Traceback" in said) == (1, False), said
+    assert f"Cannot serve metrics on port {port}: another program listens there already (another worker?)." in said
+    assert "--metrics-port" in said
+    assert list(tmp_path.iterdir()) == [], "no database of its own was made"
+
+
 async def test_a_start_that_is_refused_says_why_in_a_sentence_and_shows_no_traceback(
     new_database: NewDatabase, tmp_path: Path
 ) -> None:

@@ -2,7 +2,10 @@
 
 import asyncio
 import contextlib
+import itertools
 import random
+import re
+import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import timedelta
@@ -10,7 +13,7 @@ from datetime import timedelta
 import asyncpg
 import pytest
 
-from kamiyo import database, inbox
+from kamiyo import database, inbox, telemetry
 from kamiyo.database import Connection, listening
 from kamiyo.event import Event
 from kamiyo.handlers import Bury, Registry, Retry
@@ -906,6 +909,78 @@ async def test_a_batch_with_more_lanes_than_postgresql_has_room_for_is_taken_in_
         await running
         await pool.close()
         await db.close()
+
+
+async def test_an_error_that_nobody_thought_of_in_its_maintenance_ends_neither_that_nor_the_work(
+    shop: Connection, make_worker: MakeWorker, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kamiyo.worker._PAUSE_SECONDS", (0.01, 0.1))
+    fold_counts, hears, errors = inbox.fold_counts, listening, list[BaseException]()
+    errors += [KeyError("jenny@example.com"), asyncio.CancelledError(), ZeroDivisionError("jenny@example.com")]
+
+    async def stumble(db: Connection) -> int:
+        if errors:
+            raise errors.pop()
+        return await fold_counts(db)
+
+    @contextlib.asynccontextmanager
+    async def stumble_once(url: str, heard: Callable[[], None]) -> AsyncIterator[Connection]:
+        monkeypatch.setattr("kamiyo.worker.listening", hears)
+        raise LookupError("jenny@example.com")
+        yield
+
+    monkeypatch.setattr(inbox, "fold_counts", stumble)
+    monkeypatch.setattr("kamiyo.worker.listening", stumble_once)
+    counted = telemetry.WORKER_ERRORS.labels("maintenance")._value.get()
+    await put(shop, of("cus_1", "evt_1"))
+    async with running(await make_worker()) as task:
+
+        async def folded() -> bool:
+            return task.done() or bool(await shop.fetchval("SELECT count(*) FROM webhook_counts_by_minute"))
+
+        await until(folded)
+        assert not task.done()
+        await until(lambda: shop.fetchval(_LISTENERS))
+        await settled(shop, "evt_1", "processed")
+    told = Counter((line["part"], line["error"]) for line in log() if line["event"] == "worker_failed")
+    assert told == {
+        ("maintenance", "ZeroDivisionError"): 1,
+        ("maintenance", "CancelledError"): 1,
+        ("maintenance", "KeyError"): 1,
+        ("listening", "LookupError"): 1,
+    }
+    assert telemetry.WORKER_ERRORS.labels("maintenance")._value.get() == counted + 3
+    assert "jenny@example.com" not in str(log())
+
+
+async def test_an_error_in_claiming_is_told_again_and_again_ever_later_and_a_stop_need_not_wait(
+    shop: Connection, make_worker: MakeWorker, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kamiyo.worker._PAUSE_SECONDS", (0.01, 3600.0))
+    claim, began = inbox.claim_or_wait, list[float]()
+
+    async def stumble(*_: object) -> tuple[int, list[inbox.Claimed], float | None]:
+        began.append(time.monotonic())
+        raise TypeError("jenny@example.com")
+
+    monkeypatch.setattr(inbox, "claim_or_wait", stumble)
+    worker = await make_worker(KAMIYO_WORKER_CONCURRENCY=1)
+    await put(shop, of("cus_1", "evt_1"))
+    async with running(worker):
+
+        async def told() -> list[dict[str, object]]:
+            worker.wake()
+            found = [line for line in log() if line["event"] == "worker_failed"]
+            return found if len(found) > 5 else []
+
+        lines = await until(told)
+    waits = [later - earlier for earlier, later in itertools.pairwise(began)]
+    assert all(wait > 0.01 * 0.8 * 2**times for times, wait in enumerate(waits[:5])), waits
+    assert {(line["part"], line["error"], line["level"]) for line in lines} == {("turn", "TypeError", "error")}
+    assert re.fullmatch(r"worker\.py:\d+", str(lines[0]["place"])), "where it came from, in this package"
+    assert "jenny@example.com" not in str(log())
+    monkeypatch.setattr(inbox, "claim_or_wait", claim)
+    assert await work_off(await make_worker(), shop) == 1, "nothing was lost"
 
 
 async def test_a_stop_that_comes_while_a_lost_connection_is_closed_is_heard(

@@ -18,9 +18,18 @@ from kamiyo import backfill as filling
 from kamiyo import projections
 from kamiyo.audit import Audited, Difference, Finding, Verdict
 from kamiyo.backfill import Filled
-from kamiyo.cli.console import console, pooled, progressing, run_command, settings_for_commands, until_broken_off
+from kamiyo.cli.console import (
+    complain,
+    console,
+    pooled,
+    progressing,
+    run_command,
+    settings_for_commands,
+    until_broken_off,
+)
 from kamiyo.database import Pool
 from kamiyo.errors import KamiyoError
+from kamiyo.refused import named
 from kamiyo.settings import Settings
 from kamiyo.stripe_api import StripeApi
 
@@ -62,7 +71,8 @@ def backfill(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, for scripts.")] = False,
 ) -> None:
-    """Fill the billing tables from Stripe's lists of objects. Needs STRIPE_SECRET_KEY.
+    """Fill the billing tables from Stripe's lists of objects. Needs STRIPE_SECRET_KEY. Exit status 1 when PostgreSQL
+    refuses a row.
 
     May be ended at any moment, and goes on from there when it is run again. Events may come in meanwhile: nothing newer
     is overwritten. Payment methods take a request for each customer, within KAMIYO_STRIPE_API_RATE.
@@ -91,12 +101,21 @@ def backfill(
             console.print(f"{collection}: filled by an earlier run; --restart begins again", highlight=False)
         else:
             left = f", {one.unreadable} could not be read (see the log)" if one.unreadable else ""
+            left += f", {one.refused} refused by PostgreSQL" if one.refused else ""
             console.print(f"{collection}: {one.objects} objects in{left}", highlight=False)
+    refused = [one.collection for one in done if one.refused]
+    if refused:
+        commands = " and ".join(f"`kamiyo backfill {name} --restart`" for name in refused)
+        complain(
+            "PostgreSQL refuses rows, by a constraint or a trigger of its owner's: row_refused in the log names each. "
+            f"All others are in. Mend what refuses, and run {commands}."
+        )
+        raise typer.Exit(1)
 
 
 def _filled(collection: str, one: Filled | None) -> dict[str, object]:
     facts: dict[str, object] = {"collection": collection, "filled_before": one is None}
-    return facts | ({"objects": one.objects, "unreadable": one.unreadable} if one else {})
+    return facts | ({"objects": one.objects, "unreadable": one.unreadable, "refused": one.refused} if one else {})
 
 
 def audit(
@@ -241,7 +260,13 @@ def _conclude(done: Audited, left: int, repair: bool) -> None:
     if done.unsettled:
         said += f"; {done.unsettled} changed too often to tell, and are left for the next time"
     console.print(f"\n{said}" if wrong else said, highlight=False)
-    if any(finding.verdict is Verdict.differs and not finding.mended for finding in done.findings):
+    if done.refused:
+        complain(
+            f"PostgreSQL refuses {named(done.refused)}. Mend the constraint or the trigger that refuses, and run this "
+            "again."
+        )
+    refused = {one.id for one in done.refused}
+    if any(one.verdict is Verdict.differs and not one.mended and one.id not in refused for one in done.findings):
         console.print(
             "What was not mended is in a final state, which nothing overwrites: `kamiyo rebuild` makes it again."
             if repair

@@ -31,7 +31,9 @@ from kamiyo.database import Connection
 from kamiyo.errors import AdminError
 from kamiyo.event import decode
 from kamiyo.inbox import REPLAYABLE, Filters, State
+from kamiyo.rebuild import Holder
 from kamiyo.reconcile import Compared
+from kamiyo.refused import Refusal, named
 from kamiyo.stripe_api import StripeApi
 from kamiyo.web.admin import detail_of, summary_of
 from kamiyo.web.dashboard import attention, changes, queries
@@ -384,12 +386,33 @@ def reconcile(
 def rebuild() -> None:
     """Make the four billing tables again from the stored events alone, and stripe_objects as KAMIYO_MIRROR says.
 
-    Receiving goes on meanwhile; processing waits until it is done.
+    Receiving goes on meanwhile; processing waits until it is done. Where another rebuild is going on, it says so, and
+    waits for that. Exit status 1 when PostgreSQL refuses a row.
     """
+    refused: list[Refusal] = []
     with progressing("events read") as progress:
         mirrored = settings_for_commands().mirrored
-        done = _with_database(lambda db: rebuilding.rebuild(db, mirrored=mirrored, progress=progress))
+        done = _with_database(
+            lambda db: rebuilding.rebuild(
+                db, mirrored=mirrored, progress=progress, heard=refused.append, waits=_say_waiting
+            )
+        )
     console.print(f"the billing tables are rebuilt from {done} events", highlight=False)
+    if refused:
+        complain(
+            f"PostgreSQL refuses {named(refused)}. These stand as they did before, and all others are made "
+            "again. Mend the constraint or the trigger that refuses, and run `kamiyo rebuild` again."
+        )
+        raise typer.Exit(1)
+
+
+def _say_waiting(holder: Holder) -> None:
+    facts = [f"pid {holder.pid}", holder.application or "", f"since {_said(holder.since)}" if holder.since else ""]
+    who = ", ".join(filter(None, facts))
+    complain(
+        f"The billing tables are being made again already, or a customer is being erased: another session ({who}) has "
+        "them. This waits until that is done, and then makes them again itself; Ctrl-C ends it, and changes nothing."
+    )
 
 
 def cleanup(

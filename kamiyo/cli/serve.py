@@ -118,13 +118,18 @@ def _require_port(settings: Settings) -> None:
         try:
             trial.bind((settings.host, settings.port))
         except OSError as error:
-            why = error.strerror or str(error)
-            if error.errno == errno.EADDRINUSE:
-                why = "another program listens there already (an older `kamiyo serve`?)"
+            why = _why_not(error, "an older `kamiyo serve`?")
             raise SettingsError(
                 f"Cannot listen on {settings.host}, port {settings.port}: {why}. Stop that, or choose another: "
                 "`kamiyo serve --host … --port …`, or HOST and PORT in .env."
             ) from error
+
+
+def _why_not(error: OSError, likely: str) -> str:
+    """Why nobody can listen there; `likely` is who does, if somebody does."""
+    if error.errno == errno.EADDRINUSE:
+        return f"another program listens there already ({likely})"
+    return error.strerror or str(error)
 
 
 class _Server(uvicorn.Server):
@@ -213,8 +218,18 @@ def worker(
     os.environ.setdefault("KAMIYO_WATCHDOG", "true")
     settings = settings_for_commands().model_copy(update={"worker": True})
     if metrics_port:
-        prometheus_client.start_http_server(metrics_port)
+        _serve_metrics(metrics_port)
     asyncio.run(_work(settings))
+
+
+def _serve_metrics(port: int) -> None:
+    try:
+        prometheus_client.start_http_server(port)
+    except OSError as error:
+        raise SettingsError(
+            f"Cannot serve metrics on port {port}: {_why_not(error, 'another worker?')}. Stop that, or choose another: "
+            "`kamiyo worker --metrics-port …`; each worker of a machine needs one of its own."
+        ) from error
 
 
 async def _work(settings: Settings) -> None:

@@ -19,7 +19,15 @@ async def workers(db: Connection) -> Finding:
             "no worker is connected to the database",
             "Start `kamiyo worker`, or a server with KAMIYO_WORKER=true.",
         )
-    return passed("workers", f"{counted(count, 'process')} with a worker connected")
+    connected = f"{counted(count, 'process')} with a worker connected"
+    left = await inbox.days_left(db)
+    if left is not None:
+        return failed(
+            "workers",
+            f"{connected}, but none makes the coming days' tables: there is room for {counted(left, 'day')} more",
+            "Look for worker_failed and maintenance_failed in their logs: docs/operations.md, “Log lines”.",
+        )
+    return passed("workers", connected)
 
 
 async def processed(db: Connection, settings: Settings) -> Finding:
