@@ -28,7 +28,7 @@ from typing import Any
 from kamiyo import inbox
 from kamiyo.database import DATABASE_ERRORS, Connection, Pool, load_queries
 from kamiyo.settings import Settings
-from kamiyo.telemetry import happened
+from kamiyo.telemetry import happened, place_of
 
 _SQL = load_queries("alerts.sql")
 
@@ -153,6 +153,9 @@ class Alerts:
                 await self._database_is(away=False)
             except DATABASE_ERRORS:
                 await self._database_is(away=True)
+            except Exception as error:
+                # Nobody thought of it. Who is told nothing any more believes that all is well, so the next look comes.
+                happened("alerts_failed", error=type(error).__name__, place=place_of(error))
             await asyncio.sleep(_LOOK_EVERY_SECONDS)
 
     async def look(self, db: Connection) -> None:

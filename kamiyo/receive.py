@@ -36,6 +36,10 @@ FEW = 8
 MOST_BYTES_WAITING = 64 * 1024 * 1024
 
 
+# What leaves no connection to go on with.
+_BROKEN_OFF: tuple[type[BaseException], ...] = (asyncio.CancelledError, *DATABASE_ERRORS)
+
+
 class Message(StrEnum):
     """What a sender is told."""
 
@@ -237,6 +241,11 @@ class Receiver:
                     # Where only a connection broke, whoever waits gets another one.
                     self._refuse(self._take(), error)
                 await self._until_waiting(1.0)
+            except Exception as error:
+                self._failed(error)
+                if not reached:
+                    self._refuse(self._take(), error)
+                await asyncio.sleep(0.1)
             except asyncio.CancelledError as error:
                 # A stop that could not wait for the commit.
                 self._refuse(self._waiting, error)
@@ -270,8 +279,27 @@ class Receiver:
                     raise
                 if db.is_closed():
                     raise
+            except Exception as error:
+                self._failed(error)
+                await self._commit_apart(db, group)
             finally:
                 self._committing = ()
+
+    async def _commit_apart(self, db: Connection, group: Sequence[_Waiting]) -> None:
+        # Nobody thought of what went wrong. It must cost neither the neighbours their answers nor the door its life.
+        for number, waiting in enumerate(group):
+            try:
+                await self._commit(db, [waiting])
+            except _BROKEN_OFF as error:
+                self._refuse(group[number:], error)
+                db.terminate()
+                raise
+            except Exception as error:
+                self._failed(error)
+                self._refuse([waiting], error)
+
+    def _failed(self, error: Exception) -> None:
+        happened("receiver_failed", error=type(error).__name__, place=telemetry.place_of(error))
 
     async def _until_waiting(self, seconds: float) -> bool:
         self._wake.clear()

@@ -18,6 +18,7 @@ import os
 import shutil
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -98,6 +99,7 @@ _LEVELS: dict[str, int] = {
     "event_received": _INFO,
     "duplicate_received": _INFO,
     "delivery_rejected": _WARNING,
+    "receiver_failed": _ERROR,
     "delivery_unavailable": _ERROR,
     "client_left": _DEBUG,
     # a twin endpoint on another API version
@@ -138,6 +140,7 @@ _LEVELS: dict[str, int] = {
     "audited": _INFO,
     # telling people
     "alert_told": _INFO,
+    "alerts_failed": _ERROR,
     "alert_failed": _WARNING,
     "alert_channel_unusable": _ERROR,
     # traces
@@ -216,6 +219,16 @@ def happened_to_each(name: str, /, each: Iterable[Mapping[str, Any]]) -> None:
     level = _LEVELS[name]
     if level >= _loudness:
         _words(level, name, each)
+
+
+def place_of(error: BaseException) -> str:
+    """Where an error nobody thought of came through this package last: file and line, and nothing of what it says."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(_HERE)]
+    return f"{Path(ours[-1].filename).relative_to(_HERE)}:{ours[-1].lineno}" if ours else ""
+
+
+_HERE = Path(__file__).parent
 
 
 def silence(logger: str) -> None:

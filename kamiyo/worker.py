@@ -18,10 +18,8 @@ import contextlib
 import json
 import random
 import time
-import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import asyncpg
 
@@ -185,7 +183,7 @@ class Worker:
             if isinstance(error, asyncio.CancelledError) and _is_being_cancelled():
                 raise
             telemetry.WORKER_ERRORS.labels(part).inc()
-            happened("worker_failed", part=part, error=type(error).__name__, place=_place_of(error))
+            happened("worker_failed", part=part, error=type(error).__name__, place=telemetry.place_of(error))
             await self._pause_after_error(part)
 
     async def _pause_after_error(self, part: str) -> None:
@@ -680,16 +678,6 @@ END $$
 _FIRST_SAVEPOINT = "SAVEPOINT handler"
 _NEXT_SAVEPOINT = "RELEASE SAVEPOINT handler; SAVEPOINT handler"
 _BACK_TO_SAVEPOINT = "ROLLBACK TO SAVEPOINT handler"
-
-
-def _place_of(error: BaseException) -> str:
-    """The last line of this package that it came through: file and line, and nothing of what it says."""
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(_HERE)]
-    return f"{Path(ours[-1].filename).relative_to(_HERE)}:{ours[-1].lineno}" if ours else ""
-
-
-_HERE = Path(__file__).parent
 
 
 def _is_being_cancelled() -> bool:

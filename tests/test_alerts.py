@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from kamiyo import database, inbox
-from kamiyo.alerts import Alerts, Signatures, find
+from kamiyo.alerts import Alerts, Incident, Signatures, find
 from kamiyo.database import Connection
 from kamiyo.event import Event, parse
 from kamiyo.handlers import Bury, Registry
 from kamiyo.worker import Worker
-from tests.conftest import MakeSettings, days_ahead_missing, event_json, fresh_id, until
+from tests.conftest import Log, MakeSettings, days_ahead_missing, event_json, fresh_id, until
 
 
 @dataclass
@@ -243,6 +243,38 @@ async def test_a_database_that_is_away_is_told_by_whoever_sees_it_and_told_over(
         running.cancel()
         await nowhere.close()
     assert channel.titles() == ["Kamiyo: the database is away", "Kamiyo: the database is back"]
+
+
+async def test_an_error_that_nobody_thought_of_ends_one_look_and_not_the_watch(
+    db: Connection,
+    database_url: str,
+    settings: MakeSettings,
+    channel: Channel,
+    log: Log,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("kamiyo.alerts._LOOK_EVERY_SECONDS", 0.02)
+    looks = iter(range(2))
+
+    async def stumbles_twice(db: Connection) -> list[Incident]:
+        for _ in looks:
+            raise KeyError("jenny@example.com")
+        return await find(db)
+
+    monkeypatch.setattr("kamiyo.alerts.find", stumbles_twice)
+    await bury(db, database_url, settings, fresh_id())
+    async with alerts(database_url, settings, channel) as one:
+        running = asyncio.create_task(one.run())
+        await until(lambda: _told_or_ended(channel, running))
+        assert not running.done()
+        running.cancel()
+    told = [(line["error"], line["level"]) for line in log() if line["event"] == "alerts_failed"]
+    assert told == [("KeyError", "error")] * 2
+    assert "jenny@example.com" not in str(log())
+
+
+async def _told_or_ended(channel: Channel, running: "asyncio.Task[None]") -> bool:
+    return running.done() or bool(channel.titles())
 
 
 async def _has_heard(channel: Channel, title: str) -> bool:

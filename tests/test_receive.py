@@ -3,9 +3,10 @@
 import asyncio
 import contextlib
 import json
+import re
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeAlias
 
 import pytest
@@ -24,6 +25,7 @@ from kamiyo.signature import sign
 from tests.conftest import (
     DEADLINE,
     SECRET,
+    Log,
     MakeSettings,
     NewDatabase,
     event_json,
@@ -309,6 +311,30 @@ async def test_a_stop_commits_what_waits_and_takes_nothing_more(database_url: st
         *receipts, _ = await asyncio.gather(*(receive(receiver, event_json()) for _ in range(5)), stop())
         assert {receipt.message for receipt in receipts if receipt} == {Message.received}
     assert len(await stored(db)) == 5
+
+
+async def test_an_error_that_nobody_thought_of_costs_only_the_event_that_it_is_about(
+    receiver: Receiver, db: Connection, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_projected = inbox.put_projected
+
+    async def stumbles(db: Connection, arrivals: Sequence[inbox.Arrival], *rest: Any, **named: Any) -> inbox.Stored:
+        if any(arrival.event.id == "evt_odd" for arrival in arrivals):
+            raise ZeroDivisionError("jenny@example.com")
+        return await put_projected(db, arrivals, *rest, **named)
+
+    monkeypatch.setattr(inbox, "put_projected", stumbles)
+    ids = ("evt_1", "evt_odd", "evt_2")
+    told = await asyncio.gather(*(receive(receiver, event_json(name, HANDLED)) for name in ids), return_exceptions=True)
+    said = [answer.message if isinstance(answer, Receipt) else type(answer) for answer in told]
+    assert said == [Message.received, DatabaseUnavailable, Message.received]
+    lines = [line for line in log() if line["event"] == "receiver_failed"]
+    assert {line["error"] for line in lines} == {"ZeroDivisionError"}
+    assert re.fullmatch(r"receive\.py:\d+", str(lines[0]["place"]))
+    assert "jenny@example.com" not in str(log())
+    monkeypatch.setattr(inbox, "put_projected", put_projected)
+    assert (await receive(receiver, event_json("evt_odd", HANDLED))).message == Message.received
+    assert set(await stored(db)) == set(ids)
 
 
 # ── Too much ──────────────────────────────────────────────────────────────────────────────────────────────
