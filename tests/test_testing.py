@@ -18,7 +18,7 @@ from kamiyo.settings import load_settings
 from kamiyo.testing import SECRET, Database, KitError, assert_exactly_once, deliver, signed, stories
 from kamiyo.web import create_app
 from tests.conftest import DEADLINE, ROOT, settings_for
-from tests.test_docs import blocks
+from tests.docs.conftest import blocks
 
 PAGE = ROOT / "docs" / "testing.md"
 

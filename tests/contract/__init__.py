@@ -1,0 +1,1 @@
+"""Every answer of the contract, asked for over HTTP, subject by subject."""
