@@ -222,12 +222,13 @@ async def _settle(db: Connection, group: Sequence[State], standing: _Standing, n
         await _write(db, [_decide(weighed)], force=True)
         return
     # It has no id to find its events by, or retention took the body of the one that stands. Then all that can be told
-    # is whether they differ; the greatest id stands, whichever came first.
+    # is whether they differ. Without an id the greatest of the events' stands, whichever came first; with one, what
+    # stands goes on to stand, or the next look would find the rest alone, and no doubt in it.
     shown = await db.fetchval(_SQL["shown"], *key)
     rivals = [state for state in group if state.rank == standing.rank and state.event_id != standing.event_id]
     differ = standing.evidence == "undecided" or any(_canonical(r.data) != _canonical(shown) for r in rivals)
     evidence = "undecided" if differ else "decided"
-    latest = max(rivals, key=lambda state: state.event_id, default=None)
+    latest = None if weighed else max(rivals, key=lambda state: state.event_id, default=None)
     if latest is not None and latest.event_id > standing.event_id:
         await _write(db, [replace(latest, evidence=evidence)], force=True)
     elif evidence != standing.evidence:

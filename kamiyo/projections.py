@@ -444,33 +444,42 @@ async def are_held(db: Connection) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A row as it stands, and the rank and event of what last showed its object.
+    """A row as it stands, and what it remembers of its events.
 
-    That is the row's own, but for a deletion without the object. `shown` is None where such a one was applied by a
-    version that did not note it; its rank is NOTHING where nothing had ever shown the object.
+    `shown`: the rank and event of what last showed its object. That is the row's own, but for a deletion without the
+    object; None where such a one was applied by a version that did not note it; its rank is NOTHING where nothing had
+    ever shown the object. `contested`: the events that were weighed, where they do not tell what was last.
     """
 
     row: Row
     shown: tuple[int, str] | None
+    contested: frozenset[str]
 
 
 async def kept(db: Connection, place: Place) -> Kept | None:
-    """A row as it stands, of a table whose objects can be gone; None where there is none."""
+    """A row as it stands; None where there is none."""
     table, key = place
     found = await db.fetchrow(_SQL[f"kept_{table}"], *key)
     if found is None:
         return None
-    *values, event_id, received, rank, evidence, shown_rank, shown_by = found
+    *values, event_id, received, rank, evidence, shown_rank, shown_by, contested_by = found
     row = Row(table, *key, tuple(values), event_id, received, rank, evidence)
+    contested = frozenset(contested_by or () if evidence == "undecided" else ())
     if not row.is_stub:
-        return Kept(row, (rank, event_id))
-    return Kept(row, None if shown_rank is None else (shown_rank, shown_by))
+        return Kept(row, (rank, event_id), contested)
+    return Kept(row, None if shown_rank is None else (shown_rank, shown_by), contested)
 
 
 async def note_shown(db: Connection, place: Place, shown: tuple[int, str] | None) -> None:
     """Beside a row that was just written: which rank and event last showed its object."""
     table, key = place
     await db.execute(_SQL[f"note_shown_{table}"], *key, *(shown or (None, None)))
+
+
+async def note_contested(db: Connection, place: Place, event_ids: Iterable[str]) -> None:
+    """Beside a row that was just written as undecided: the events that were weighed for it."""
+    table, key = place
+    await db.execute(_SQL[f"note_contested_{table}"], *key, sorted(event_ids))
 
 
 @dataclass(frozen=True, slots=True)

@@ -149,8 +149,19 @@ SELECT id, account, livemode, last_event_rank, last_webhook_event_id FROM standi
 SELECT email, name, phone, description, currency, balance, delinquent, default_payment_method, metadata::text,
        extract(epoch FROM created)::bigint, extract(epoch FROM deleted_at)::bigint,
        last_webhook_event_id, last_webhook_updated_at, last_event_rank, order_evidence,
-       last_shown_rank, last_shown_event_id
+       last_shown_rank, last_shown_event_id, contested_by
 FROM billing.customers WHERE id = $1 AND account = $2 AND livemode = $3;
+
+-- name: kept_subscriptions
+-- A subscription as it stands, in the units of billing.subscriptions_row. Its deletion shows it.
+SELECT customer, status, currency, price, quantity, items::text, extract(epoch FROM current_period_start)::bigint,
+       extract(epoch FROM current_period_end)::bigint, cancel_at_period_end, extract(epoch FROM cancel_at)::bigint,
+       extract(epoch FROM canceled_at)::bigint, extract(epoch FROM ended_at)::bigint,
+       extract(epoch FROM trial_start)::bigint, extract(epoch FROM trial_end)::bigint, default_payment_method,
+       latest_invoice, collection_method, metadata::text, extract(epoch FROM created)::bigint,
+       last_webhook_event_id, last_webhook_updated_at, last_event_rank, order_evidence, NULL, NULL,
+       contested_by
+FROM billing.subscriptions WHERE id = $1 AND account = $2 AND livemode = $3;
 
 -- name: kept_invoices
 -- An invoice as it stands, in the units of billing.invoices_row.
@@ -160,7 +171,7 @@ SELECT customer, subscription, number, status, currency, amount_due, amount_paid
        extract(epoch FROM paid_at)::bigint, hosted_invoice_url, invoice_pdf, metadata::text,
        extract(epoch FROM created)::bigint, extract(epoch FROM deleted_at)::bigint,
        last_webhook_event_id, last_webhook_updated_at, last_event_rank, order_evidence,
-       last_shown_rank, last_shown_event_id
+       last_shown_rank, last_shown_event_id, contested_by
 FROM billing.invoices WHERE id = $1 AND account = $2 AND livemode = $3;
 
 -- name: kept_payment_methods
@@ -168,7 +179,7 @@ FROM billing.invoices WHERE id = $1 AND account = $2 AND livemode = $3;
 SELECT customer, type, brand, last4, exp_month, exp_year, funding, country, fingerprint, metadata::text,
        extract(epoch FROM created)::bigint, extract(epoch FROM detached_at)::bigint,
        last_webhook_event_id, last_webhook_updated_at, last_event_rank, order_evidence,
-       last_shown_rank, last_shown_event_id
+       last_shown_rank, last_shown_event_id, contested_by
 FROM billing.payment_methods WHERE id = $1 AND account = $2 AND livemode = $3;
 
 -- name: note_shown_customers
@@ -185,6 +196,22 @@ WHERE id = $1 AND account = $2 AND livemode = $3;
 -- See customers.
 UPDATE billing.payment_methods SET last_shown_rank = $4, last_shown_event_id = $5
 WHERE id = $1 AND account = $2 AND livemode = $3;
+
+-- name: note_contested_customers
+-- After an undecided row is written: the events that were weighed for it.
+UPDATE billing.customers SET contested_by = $4 WHERE id = $1 AND account = $2 AND livemode = $3;
+
+-- name: note_contested_subscriptions
+-- See customers.
+UPDATE billing.subscriptions SET contested_by = $4 WHERE id = $1 AND account = $2 AND livemode = $3;
+
+-- name: note_contested_invoices
+-- See customers.
+UPDATE billing.invoices SET contested_by = $4 WHERE id = $1 AND account = $2 AND livemode = $3;
+
+-- name: note_contested_payment_methods
+-- See customers.
+UPDATE billing.payment_methods SET contested_by = $4 WHERE id = $1 AND account = $2 AND livemode = $3;
 
 -- name: reads_of
 -- What is kept of these objects: one read that showed it and one that found it gone, at most.

@@ -115,15 +115,22 @@ async def _settle(db: Connection, group: Sequence[Row], standing: Standing | Non
     told = await inbox.of_second(db, *sample.key, projections.second_of(top))
     observations = _observations(told, sample.table)
     weighed = {seen.row.event_id for seen in observations}
-    if standing is None or standing.rank < top or standing.event_id in weighed:
-        latest = decide(observations)
-    else:
-        # Retention took the body of the one that stands, and what would tell with it.
-        rivals = [row for row in group if row.rank == top and row.event_id != standing.event_id]
-        if not rivals:
+    kept = None
+    if standing is not None and standing.rank == top:
+        kept = await projections.kept(db, sample.place)
+    if kept is not None and not weighed.issuperset({kept.row.event_id, *kept.contested}):
+        # Retention took the body of the one that stands, or of one that contests it, and what would tell with it. What
+        # stands goes on to stand, in doubt.
+        rivals = [row for row in group if row.rank == top and row.event_id != kept.row.event_id]
+        if all(_facts(row) == _facts(kept.row) for row in rivals):
             return None
-        latest = projections.marked(max(rivals, key=lambda row: row.event_id), "undecided")
+        latest = projections.marked(kept.row, "undecided")
+        await projections.write(db, [latest], force=True)
+        return latest
+    latest = decide(observations)
     await projections.write(db, [latest], force=True)
+    if latest.evidence == "undecided":
+        await projections.note_contested(db, sample.place, weighed)
     return latest
 
 
@@ -147,31 +154,41 @@ async def _merge_stub(db: Connection, group: Sequence[Row]) -> Row | None:
     [latest] = stubs
     whole = [one for one in seen if not one.row.is_stub]
     second = projections.second_of(max((one.row.rank for one in whole), default=0))
-    known = decide([one for one in whole if projections.second_of(one.row.rank) == second]) if whole else None
+    weighed = [one for one in whole if projections.second_of(one.row.rank) == second]
+    known = decide(weighed) if weighed else None
+    contested = {one.row.event_id for one in weighed}
     for row in read:
         if not row.is_stub and (known is None or known.rank < row.rank):
             known = row
     shown: tuple[int, str] | None = (known.rank, known.event_id) if known is not None else (projections.NOTHING, "")
-    if kept is not None and _outlives(kept, known, {row.event_id for row in (*(one.row for one in whole), *read)}):
-        known, shown = kept.row, kept.shown
+    told = {row.event_id for row in (*(one.row for one in whole), *read)}
+    if kept is not None and (remembered := _remembered(kept, known, told)):
+        known, shown, contested = remembered, kept.shown, set(kept.contested)
     if known is not None and known.rank > latest.rank:
         latest = known
     elif known is not None:
         latest = projections.completed(latest, known)
     await projections.write(db, [latest], force=True)
     await projections.note_shown(db, sample.place, shown if latest.is_stub else None)
+    if latest.evidence == "undecided" and contested:
+        await projections.note_contested(db, sample.place, contested)
     return latest
 
 
-def _outlives(kept: Kept, known: Row | None, told: set[str]) -> bool:
-    """Whether the row remembers something later than what is `known` of the object from all that was `told` of it."""
+def _remembered(kept: Kept, known: Row | None, told: set[str]) -> Row | None:
+    """The row as it stands, where it remembers something later than what is `known` from all that was `told`."""
     if known is None:
-        return True
+        return kept.row
     if kept.shown is None:
-        return False
+        return None
     rank, event_id = kept.shown
-    # Of equals, what the row came to was weighed when the event that is gone was still here.
-    return known.rank < rank or (known.rank == rank and event_id not in told)
+    if known.rank < rank:
+        return kept.row
+    if known.rank > rank or told.issuperset({event_id, *kept.contested}):
+        return None
+    # Of equals, the one whose event is gone goes on to stand: in doubt, where the other says something else.
+    ours, theirs = (_facts(projections.completed(kept.row, one)) for one in (kept.row, known))
+    return kept.row if ours == theirs else projections.marked(kept.row, "undecided")
 
 
 def _row_of(stored: Stored) -> Row | None:
@@ -260,6 +277,8 @@ class _Look:
 
 def _facts(row: Row) -> dict[str, Any]:
     facts = dict(zip(shapes.COLUMNS[row.table], row.values, strict=True))
+    if "items" in facts:
+        facts["items"] = json.loads(facts["items"])
     metadata = json.loads(facts.pop("metadata"))
     return facts | {f"metadata {name}": value for name, value in metadata.items()}
 

@@ -28,7 +28,7 @@ from tests.turns import NOW, Tables, billing, example, put, work_off, worker_on
 #: The columns that say where a row is from, and not what it says.
 ORIGIN = {
     *("last_webhook_event_id", "last_webhook_updated_at", "last_event_rank", "order_evidence"),
-    *("last_shown_rank", "last_shown_event_id"),
+    *("last_shown_rank", "last_shown_event_id", "contested_by"),
 }
 
 

@@ -112,6 +112,8 @@ async def billing(db: Connection, ids: Sequence[str] | None = None) -> Tables:
         )
         for row in rows:
             found[table, row["id"]] = {name: _plain(name, value) for name, value in row.items()}
+            if row["order_evidence"] == "decided":
+                found[table, row["id"]]["contested_by"] = None  # what it was once contested by says nothing any more
     return found
 
 

@@ -200,7 +200,7 @@ BEGIN
         EXECUTE format(
             'ALTER TABLE chaos.%I DROP COLUMN last_webhook_event_id, DROP COLUMN last_webhook_updated_at, '
             'DROP COLUMN last_event_rank, DROP COLUMN order_evidence, '
-            'DROP COLUMN IF EXISTS last_shown_rank, DROP COLUMN IF EXISTS last_shown_event_id', place);
+            'DROP COLUMN IF EXISTS last_shown_rank, DROP COLUMN IF EXISTS last_shown_event_id, DROP COLUMN contested_by', place);
     END LOOP;
 END $$;
 
