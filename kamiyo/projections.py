@@ -91,11 +91,15 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """How a row stood before a batch was projected: its rank, and the event that had made it so."""
+    """How a row stood before a batch was projected: its rank, and the event that had made it so.
+
+    `contested`: the events that were weighed, where they do not tell what was last.
+    """
 
     table: str
     rank: int
     event_id: str
+    contested: frozenset[str]
 
     @property
     def is_stub(self) -> bool:
@@ -427,8 +431,8 @@ async def write(db: Connection, rows: Sequence[Row], *, force: bool = False) -> 
         if not mine:
             continue
         found: list[asyncpg.Record] = await db.fetch(_SQL[f"project_{table}"], [composite(row) for row in mine], force)
-        for key_id, account, livemode, rank, event_id in found:
-            before[table, (key_id, account, livemode)] = Standing(table, rank, event_id)
+        for key_id, account, livemode, rank, event_id, contested in found:
+            before[table, (key_id, account, livemode)] = Standing(table, rank, event_id, frozenset(contested or ()))
     return before
 
 

@@ -4,14 +4,16 @@
 -- A row is overwritten only by an event of higher rank, whatever arrives when. The second parameter lifts that for
 -- the one caller that has weighed the evidence itself: settling a tie.
 --
--- Each returns, for the rows that were there before, how the row stood: its rank, and the event that made it so.
+-- Each returns, for the rows that were there before, how the row stood: its rank, the event that made it so, and, where
+-- it was undecided, those that were weighed for it.
 -- The workers hold the lane of every object they write, so what this statement's snapshot sees is the latest.
 
 -- name: project_customers
 WITH incoming AS (
     SELECT * FROM unnest($1::billing.customers_row[])
 ), standing AS (
-    SELECT b.id, b.account, b.livemode, b.last_event_rank, b.last_webhook_event_id
+    SELECT b.id, b.account, b.livemode, b.last_event_rank, b.last_webhook_event_id,
+           CASE WHEN b.order_evidence = 'undecided' THEN b.contested_by END AS contested_by
     FROM billing.customers AS b JOIN incoming AS i USING (id, account, livemode)
 ), written AS (
     INSERT INTO billing.customers AS b (
@@ -36,13 +38,14 @@ WITH incoming AS (
         order_evidence = excluded.order_evidence
     WHERE b.last_event_rank < excluded.last_event_rank OR $2::boolean
 )
-SELECT id, account, livemode, last_event_rank, last_webhook_event_id FROM standing;
+SELECT id, account, livemode, last_event_rank, last_webhook_event_id, contested_by FROM standing;
 
 -- name: project_subscriptions
 WITH incoming AS (
     SELECT * FROM unnest($1::billing.subscriptions_row[])
 ), standing AS (
-    SELECT b.id, b.account, b.livemode, b.last_event_rank, b.last_webhook_event_id
+    SELECT b.id, b.account, b.livemode, b.last_event_rank, b.last_webhook_event_id,
+           CASE WHEN b.order_evidence = 'undecided' THEN b.contested_by END AS contested_by
     FROM billing.subscriptions AS b JOIN incoming AS i USING (id, account, livemode)
 ), written AS (
     INSERT INTO billing.subscriptions AS b (
@@ -74,13 +77,14 @@ WITH incoming AS (
         order_evidence = excluded.order_evidence
     WHERE b.last_event_rank < excluded.last_event_rank OR $2::boolean
 )
-SELECT id, account, livemode, last_event_rank, last_webhook_event_id FROM standing;
+SELECT id, account, livemode, last_event_rank, last_webhook_event_id, contested_by FROM standing;
 
 -- name: project_invoices
 WITH incoming AS (
     SELECT * FROM unnest($1::billing.invoices_row[])
 ), standing AS (
-    SELECT b.id, b.account, b.livemode, b.last_event_rank, b.last_webhook_event_id
+    SELECT b.id, b.account, b.livemode, b.last_event_rank, b.last_webhook_event_id,
+           CASE WHEN b.order_evidence = 'undecided' THEN b.contested_by END AS contested_by
     FROM billing.invoices AS b JOIN incoming AS i USING (id, account, livemode)
 ), written AS (
     INSERT INTO billing.invoices AS b (
@@ -112,13 +116,14 @@ WITH incoming AS (
         order_evidence = excluded.order_evidence
     WHERE b.last_event_rank < excluded.last_event_rank OR $2::boolean
 )
-SELECT id, account, livemode, last_event_rank, last_webhook_event_id FROM standing;
+SELECT id, account, livemode, last_event_rank, last_webhook_event_id, contested_by FROM standing;
 
 -- name: project_payment_methods
 WITH incoming AS (
     SELECT * FROM unnest($1::billing.payment_methods_row[])
 ), standing AS (
-    SELECT b.id, b.account, b.livemode, b.last_event_rank, b.last_webhook_event_id
+    SELECT b.id, b.account, b.livemode, b.last_event_rank, b.last_webhook_event_id,
+           CASE WHEN b.order_evidence = 'undecided' THEN b.contested_by END AS contested_by
     FROM billing.payment_methods AS b JOIN incoming AS i USING (id, account, livemode)
 ), written AS (
     INSERT INTO billing.payment_methods AS b (
@@ -142,7 +147,7 @@ WITH incoming AS (
         order_evidence = excluded.order_evidence
     WHERE b.last_event_rank < excluded.last_event_rank OR $2::boolean
 )
-SELECT id, account, livemode, last_event_rank, last_webhook_event_id FROM standing;
+SELECT id, account, livemode, last_event_rank, last_webhook_event_id, contested_by FROM standing;
 
 -- name: kept_customers
 -- A customer as they stand, in the units of billing.customers_row.

@@ -115,10 +115,8 @@ async def _settle(db: Connection, group: Sequence[Row], standing: Standing | Non
     told = await inbox.of_second(db, *sample.key, projections.second_of(top))
     observations = _observations(told, sample.table)
     weighed = {seen.row.event_id for seen in observations}
-    kept = None
-    if standing is not None and standing.rank == top:
-        kept = await projections.kept(db, sample.place)
-    if kept is not None and not weighed.issuperset({kept.row.event_id, *kept.contested}):
+    all_here = standing is None or standing.rank < top or weighed.issuperset({standing.event_id, *standing.contested})
+    if not all_here and (kept := await projections.kept(db, sample.place)):
         # Retention took the body of the one that stands, or of one that contests it, and what would tell with it. What
         # stands goes on to stand, in doubt.
         rivals = [row for row in group if row.rank == top and row.event_id != kept.row.event_id]

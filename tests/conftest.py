@@ -43,7 +43,7 @@ from kamiyo.event import Event
 from kamiyo.postgres import temporary_postgres
 from kamiyo.settings import Settings
 from kamiyo.signature import sign
-from kamiyo.web import create_app
+from kamiyo.web import create_app, doorkeeper
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -427,6 +427,21 @@ def _nothing_left_behind(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     telemetry.configure_logging(level="debug", log_format="json")
     yield
     handlers.registry.clear()
+
+
+@pytest.fixture
+def no_penalty(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that wrong keys would have had to wait, which they do not."""
+    waits: list[float] = []
+
+    class Clock:
+        @staticmethod
+        async def sleep(seconds: float) -> None:
+            waits.append(seconds)
+
+    # The doorkeeper's alone: others in the application wait as well, and they have to.
+    monkeypatch.setattr(doorkeeper, "asyncio", Clock)
+    return waits
 
 
 @pytest.fixture

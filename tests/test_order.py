@@ -606,6 +606,28 @@ async def test_what_stands_goes_on_to_stand_in_doubt_where_its_event_was_cleaned
     assert list((await billing(db)).values()) == [{**stood, "order_evidence": "undecided"}]
 
 
+async def test_what_is_left_of_a_contested_second_decides_nothing_when_another_of_its_events_comes(
+    db: Connection, database_url: str, settings: MakeSettings
+) -> None:
+    worker = await worker_on(database_url, settings())
+
+    async def tell(event_id: str, before: str, now: str) -> dict[str, Any]:
+        shown = example("customer", id="cus_1", name=now)
+        await inbox.put(
+            db, [read(event_json(event_id, "customer.updated", shown, previous={"name": before}, created=NOW))]
+        )
+        await work_off(worker, db)
+        return (await billing(db))["customers", "cus_1"]
+
+    # Ada became Bo, then Cy, then Dee; what lies between is told last, when the end is gone.
+    await tell("evt_end", "Cy", "Dee")
+    contested = await tell("evt_first", "Ada", "Bo")
+    assert contested["order_evidence"] == "undecided"
+    assert contested["contested_by"] == ["evt_end", "evt_first"]
+    await db.execute("DELETE FROM webhook_events WHERE event_id = 'evt_end'")
+    assert await tell("evt_between", "Bo", "Cy") == contested
+
+
 async def test_a_rebuild_is_not_surer_than_the_row_was_where_the_event_that_contests_it_was_cleaned_up(
     db: Connection, database_url: str, settings: MakeSettings
 ) -> None:

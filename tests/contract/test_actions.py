@@ -11,7 +11,7 @@ import pytest
 from kamiyo import handlers, inbox
 from kamiyo.database import Connection
 from kamiyo.event import Event
-from kamiyo.web import create_app, doorkeeper
+from kamiyo.web import create_app
 from tests.conftest import ADMIN, ADMIN_KEY, PREFIX, MakeSettings, deliver, event_json, running_client, settled
 from tests.contract.conftest import ADMIN_CALLS, put
 
@@ -190,20 +190,6 @@ async def test_cleanup_of_everything_at_once_cannot_be_asked_for(days: str, quie
 
 
 # ── X-Admin-Key ───────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.fixture
-def no_penalty(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds that wrong keys would have had to wait, which they do not."""
-    waits: list[float] = []
-
-    class Clock:
-        @staticmethod
-        async def sleep(seconds: float) -> None:
-            waits.append(seconds)
-
-    monkeypatch.setattr(doorkeeper, "asyncio", Clock)
-    return waits
 
 
 KEYS = [{}, {"X-Admin-Key": ""}, {"X-Admin-Key": "wrong"}, {"X-Admin-Key": ADMIN_KEY + "x"}]
