@@ -83,6 +83,7 @@ SEARCHES = [
     Search(customer="cus_5", account="", livemode=True),
     Search(status="failed", type="type.4"),
     Search(status="dead", customer="cus_5"),
+    Search(status="dead", type="type.4"),
     Search(status="pending", type="type.4"),
     Search(since=position()[0], until=position()[0] + timedelta(days=1)),
     Search(type="type.3", since=position()[0]),
@@ -96,7 +97,7 @@ async def plan(db: Connection, name: str, *values: Any) -> str:
         whose, _, question = name.rpartition(": ")
         query = {"": queries._SQL, "alerts": alerts._SQL, "inbox": inbox._SQL}[whose][question]
         if question in ("list", "newer_events"):
-            query = inbox.of_unfinished(query, values[0])
+            query = inbox.of_unfinished(query, values[0], values[1])
         return "\n".join(line for (line,) in await db.fetch("EXPLAIN " + query, *values))
 
 
