@@ -253,14 +253,15 @@ async def warm(db: Connection) -> None:
 async def add_backlog(db: Connection, plan: Fill, numbers: range, say: Progress) -> None:
     """Store events of today as a server without a worker would leave them: pending, all due; every fifth is of one
     busy customer."""
+    await db.execute("SELECT webhook_ensure_partitions($1, 2)", plan.start.date() + timedelta(days=DAYS - 1))
     now = datetime.now(UTC)
     busy = customer_id(0, plan.customers)
 
     def waiting(number: int) -> Event:
         event = plan.event(number)
         owner = busy if number % 5 == 0 else event.owner
-        # A microsecond apart, so that there is an order to be kept.
-        at = now - timedelta(microseconds=numbers[-1] - number)
+        # As they come a thousand a second while no worker runs.
+        at = now - timedelta(milliseconds=numbers[-1] - number)
         return Event(number, f"{KINDS[number % 4].prefix}1{number:012d}Waiting", owner, at)
 
     for table, columns, row in (

@@ -220,18 +220,29 @@ async def claim(db: Connection, limit: int, handled: Collection[str] = ()) -> tu
     has its try counted already (`Claimed.started`). Returns the claim's number, which settling asks for, and the events
     in Stripe's order. Commits: call it outside a transaction.
     """
-    number, claimed, _ = await claim_or_wait(db, limit, handled)
-    return number, claimed
+    taken = await claim_since(db, None, limit, handled)
+    return taken.number, taken.events
 
 
-async def claim_or_wait(
-    db: Connection, limit: int, handled: Collection[str] = ()
-) -> tuple[int, list[Claimed], float | None]:
-    """The same; where nothing could be claimed, also the seconds until the next event is due, None: nothing waits."""
-    rows = await db.fetch(_SQL["claim"], limit, list(handled))
-    if rows[0]["event_id"] is None:
-        return 0, [], rows[0]["due_in"]
-    return rows[0]["claim"], [_claimed(row) for row in rows], None
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A claim: its number, and the events in Stripe's order.
+
+    `due_in`: where there are none, seconds until the next is due, None: nothing waits. `first_due`: the oldest due
+    event that was seen, whoever holds it, or the moment of the look.
+    """
+
+    number: int
+    events: list[Claimed]
+    due_in: float | None
+    first_due: datetime
+
+
+async def claim_since(db: Connection, since: datetime | None, limit: int, handled: Collection[str] = ()) -> Taken:
+    """As `claim`, of what became due at `since` or after; None: of everything. See webhook_claim() for why."""
+    rows = await db.fetch(_SQL["claim"], limit, list(handled), since)
+    claimed = [_claimed(row) for row in rows if row["event_id"] is not None]
+    return Taken(rows[0]["claim"], claimed, rows[0]["due_in"], rows[0]["first_due"])
 
 
 async def unlock(db: Connection) -> None:
@@ -529,13 +540,13 @@ async def prune_tombstones(db: Connection) -> None:
 AS_A_LIST = "SET LOCAL plan_cache_mode = force_custom_plan; SET LOCAL enable_seqscan = off"
 
 
-def of_unfinished(query: str, status: str | None, event_type: str | None) -> str:
+def of_unfinished(query: str, status: str | None, event_type: str | None, customer: str | None) -> str:
     """The list `query`, of the unfinished events alone where a list by `status` has no others.
 
-    Failed ones of one type have an index in the ledger itself.
+    A customer's, and failed ones of one type, have an index in the ledger itself, which leaves fewer to look through.
     """
-    failed = status in (State.retrying, State.dead)
-    if status in (State.pending, State.processing) or (failed and event_type is None):
+    failed = status in (State.retrying, State.dead) and event_type is None
+    if customer is None and (failed or status in (State.pending, State.processing)):
         return query.replace("FROM webhook_events\n", "FROM webhook_unfinished_events\n")
     return query
 
@@ -546,7 +557,7 @@ async def listed(
     """Events newest first, `limit` of them, below the position `before` (created_at, seq), each with its last error."""
     async with db.transaction(readonly=True):
         await db.execute(AS_A_LIST)
-        query = of_unfinished(_SQL["list"], filters.status, filters.type)
+        query = of_unfinished(_SQL["list"], filters.status, filters.type, filters.customer)
         return await db.fetch(query, *filters.values(), *(before or (None, None)), limit)
 
 

@@ -47,11 +47,11 @@ SELECT known_event_id, known_status, is_new FROM webhook_receive(
 );
 
 -- name: claim
--- Lets go of the lanes of the last turn, and takes up to $1 due events: see 026_unfinished.sql. $2: types with a handler.
-SELECT claim, due_in, seq, created_at, event_id, event_type, stripe_created, livemode, thin, account, context,
+-- Lets go of the lanes of the last turn, and takes up to $1 due events: see 031_claim_since.sql. $2: types with a handler.
+SELECT claim, due_in, first_due, seq, created_at, event_id, event_type, stripe_created, livemode, thin, account, context,
        api_version, object_type, object_id, customer, snapshot_event, lane, attempts, suspect, abandoned, was_running,
        started, body
-FROM webhook_claim($1, $2);
+FROM webhook_claim($1, $2, coalesce($3, '-infinity'::timestamptz));
 
 -- name: wake_own
 -- From now on storing over this session sends no notice: see 026_unfinished.sql.
@@ -198,7 +198,8 @@ SELECT event_id, pg_notify('webhook_events', '') FROM again;
 -- kinds of failed, or 'unread', a kind of pending. What is not finished is listed by the same words of the view of that name,
 -- webhook_unfinished_events, which has these columns of the ledger. The conditions that only repeat a filter name the partial index that
 -- serves it; failed is asked for by failed_at alone, which says the same (a check holds it): asked for twice, the planner
--- would believe that half as many are left. error_type is that of the last try, where it failed.
+-- would believe that half as many are left. A customer's events are looked up day by day, and put in order by day first, which is
+-- the order of their index; where no customer is asked for, that is a constant. error_type is that of the last try, where it failed.
 SELECT e.*, f.error_type FROM (
     SELECT seq, event_id, event_type, status, outcome, created_at, stripe_created, processed_at, failed_at, next_try_at,
            attempts, processing_us, object_type, object_id, customer, account, context, livemode, api_version, thin, source,
@@ -211,7 +212,7 @@ SELECT e.*, f.error_type FROM (
       AND ($1 IS NULL OR $1 NOT IN ('pending', 'processing', 'retrying') OR next_try_at IS NOT NULL)
       AND ($1 IS DISTINCT FROM 'dead' OR next_try_at IS NULL)
       AND ($2::text IS NULL OR event_type = $2)
-      AND ($3::text IS NULL OR customer = $3)
+      AND ($3::text IS NULL OR customer = $3 AND webhook_day(created_at) = ANY (webhook_days()))
       AND ($4::text IS NULL OR object_id = $4)
       AND ($5::text IS NULL OR account = $5 AND ($5 = '' OR account <> ''))
       AND ($6::text IS NULL OR context = $6 AND context <> '')
@@ -219,7 +220,7 @@ SELECT e.*, f.error_type FROM (
       AND ($8::timestamptz IS NULL OR created_at >= $8)
       AND ($9::timestamptz IS NULL OR created_at < $9)
       AND ($10::timestamptz IS NULL OR (created_at, seq) < ($10, $11::bigint))
-    ORDER BY created_at DESC, seq DESC
+    ORDER BY CASE WHEN $3 IS NOT NULL THEN webhook_day(created_at) END DESC, created_at DESC, seq DESC
     LIMIT $12
 ) AS e
 LEFT JOIN LATERAL (SELECT error_type FROM webhook_failures
@@ -233,7 +234,7 @@ WHERE CASE WHEN $1::text IN ('failed', 'retrying', 'dead') THEN failed_at IS NOT
            ELSE status = $1 AND $1 = 'processed' END
   AND ($1 <> 'retrying' OR next_try_at IS NOT NULL) AND ($1 <> 'dead' OR next_try_at IS NULL)
   AND ($2::text IS NULL OR event_type = $2)
-  AND ($3::text IS NULL OR customer = $3)
+  AND ($3::text IS NULL OR customer = $3 AND webhook_day(created_at) = ANY (webhook_days()))
   AND ($4::text IS NULL OR object_id = $4)
   AND ($5::text IS NULL OR account = $5)
   AND ($6::text IS NULL OR context = $6 AND context <> '')
@@ -253,7 +254,7 @@ WITH picked AS (
                ELSE status = $1 AND $1 = 'processed' END
       AND ($1 <> 'retrying' OR next_try_at IS NOT NULL) AND ($1 <> 'dead' OR next_try_at IS NULL)
       AND ($2::text IS NULL OR event_type = $2)
-      AND ($3::text IS NULL OR customer = $3)
+      AND ($3::text IS NULL OR customer = $3 AND webhook_day(created_at) = ANY (webhook_days()))
       AND ($4::text IS NULL OR object_id = $4)
       AND ($5::text IS NULL OR account = $5)
       AND ($6::text IS NULL OR context = $6 AND context <> '')
@@ -263,7 +264,7 @@ WITH picked AS (
       AND ($10::text IS NULL OR EXISTS (SELECT FROM webhook_failures AS f
                                         WHERE f.event_id = webhook_events.event_id AND f.fingerprint = $10))
       AND (created_at, seq) > ($11, $12::bigint)
-    ORDER BY created_at, seq LIMIT $13
+    ORDER BY CASE WHEN $3 IS NOT NULL THEN webhook_day(created_at) END, created_at, seq LIMIT $13
     FOR UPDATE SKIP LOCKED
 ), again AS (
     UPDATE webhook_events AS e

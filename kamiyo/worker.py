@@ -20,6 +20,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
 
 import asyncpg
 
@@ -47,6 +48,14 @@ _TWIN_SECONDS = 1.0
 
 # A worker is woken by notices; looking by itself is for notices that were lost, and for the dead.
 _LOOK_EVERY_SECONDS = 2.0
+
+# What is finished leaves entries in the queue that a look from its beginning has to pass, until a vacuum takes them. So
+# looks begin where the last look at everything found the oldest that is due, less what a transaction may take that
+# stores an event. Everything is looked at this often, for those that took longer; less often where that takes long, as
+# beside a snapshot that somebody holds for an hour, which no vacuum may take anything from.
+_LOOK_AT_ALL_EVERY_SECONDS = (1.0, 30.0)
+_LOOK_AT_ALL_SHARE = 0.05
+_STORING_TAKES = timedelta(seconds=2)
 
 # Other workers are called this often at most while this one has more than it can carry.
 _HELP_EVERY_SECONDS = 0.2
@@ -115,6 +124,9 @@ class Worker:
         self._help = asyncio.Event()
         # How often something may have become due while every hand was busy.
         self._missed = 0
+        self._look_at_all_at = 0.0
+        # Nothing older is due, unless it was noted since.
+        self._queue_begins: datetime | None = None
         self._slow: set[str] = set()
         self._mirrored = self.settings.mirrored
         # Seconds an event takes, lately. Begins as if a whole batch fitted into a turn.
@@ -235,20 +247,31 @@ class Worker:
         try:
             while not self._stopping:
                 most, missed = self._fitting(), self._missed
-                number, batch, due_in = await inbox.claim_or_wait(db, most, self.registry.types())
-                if not batch and self._missed != missed:
+                taken = await self._claim(db, most)
+                if not taken.events and self._missed != missed:
                     continue
-                if not batch:
+                if not taken.events:
                     holding = False
-                    return due_in
-                if len(batch) == most:
+                    return taken.due_in
+                if len(taken.events) == most:
                     # More may be due than one hand can carry.
                     self._wake.set()
-                await self._work(db, number, batch)
+                await self._work(db, taken.number, taken.events)
             return None
         finally:
             if holding and not db.is_closed():
                 await to_the_end(inbox.unlock(db))
+
+    async def _claim(self, db: Connection, most: int) -> inbox.Taken:
+        began = time.monotonic()
+        if began < self._look_at_all_at:
+            return await inbox.claim_since(db, self._queue_begins, most, self.registry.types())
+        taken = await inbox.claim_since(db, None, most, self.registry.types())
+        least, most_seconds = _LOOK_AT_ALL_EVERY_SECONDS
+        seconds = (time.monotonic() - began) / _LOOK_AT_ALL_SHARE
+        self._look_at_all_at = began + min(max(seconds, least), most_seconds)
+        self._queue_begins = taken.first_due - _STORING_TAKES
+        return taken
 
     async def _listen(self) -> None:
         away = False

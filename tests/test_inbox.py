@@ -143,6 +143,26 @@ async def test_what_is_not_due_yet_is_not_claimed(db: Connection) -> None:
     assert await inbox.claim(db, 0) == (0, [])
 
 
+async def test_a_claim_from_a_moment_on_passes_over_what_was_due_before_and_says_where_the_queue_begins(
+    db: Connection, other: Connection
+) -> None:
+    await put(db, event("evt_old"))
+    await db.execute("UPDATE webhook_events SET next_try_at = now() - interval '1 hour'")
+    await put(db, event("evt_new", customer="cus_2"))
+    old, new = [(await row_of(db, name))["next_try_at"] for name in ("evt_old", "evt_new")]
+
+    taken = await inbox.claim_since(db, new, 10)
+    assert ([one.event.id for one in taken.events], taken.first_due) == (["evt_new"], new)
+    taken = await inbox.claim_since(other, None, 10)
+    assert ([one.event.id for one in taken.events], taken.first_due) == (["evt_old"], old)
+
+    await db.execute("UPDATE webhook_events SET next_try_at = now() + interval '1 hour'")
+    taken = await inbox.claim_since(db, new, 10)
+    assert (taken.number, taken.events) == (0, [])
+    assert taken.due_in is not None and 3500 < taken.due_in <= 3600
+    assert taken.first_due > new, "nothing is due: the queue begins now"
+
+
 async def test_what_the_last_holder_of_a_lane_settled_a_moment_ago_is_not_claimed_again(
     db: Connection, other: Connection
 ) -> None:

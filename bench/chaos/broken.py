@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bench.chaos.variables import BROKEN
@@ -80,14 +80,14 @@ def _order_by_arrival() -> None:
 
 
 def _ignore_lanes() -> None:
-    claim = inbox.claim_or_wait
+    claim = inbox.claim_since
 
     async def let_go(db: Connection, *words: Any) -> Any:
         claimed = await claim(db, *words)
         await inbox.unlock(db)
         return claimed
 
-    _replace(inbox, "claim_or_wait", let_go)
+    _replace(inbox, "claim_since", let_go)
 
 
 def _ignore_twins() -> None:
@@ -103,13 +103,13 @@ def _forget_the_dead() -> None:
 
 
 def _change_claims(change: Callable[[list[inbox.Claimed]], list[inbox.Claimed]]) -> None:
-    claim = inbox.claim_or_wait
+    claim = inbox.claim_since
 
-    async def changed(db: Connection, *words: Any) -> Any:
-        number, batch, due_in = await claim(db, *words)
-        return number, change(batch), due_in
+    async def changed(db: Connection, *words: Any) -> inbox.Taken:
+        taken = await claim(db, *words)
+        return replace(taken, events=change(taken.events))
 
-    _replace(inbox, "claim_or_wait", changed)
+    _replace(inbox, "claim_since", changed)
 
 
 def _replace(where: object, name: str, value: object) -> None:

@@ -1,5 +1,5 @@
 -- A claim takes only what is in a lane that it locked. The function that claims, webhook_claim(), stood here; it is in
--- 026_unfinished.sql.
+-- 031_claim_since.sql.
 
 BEGIN;
 

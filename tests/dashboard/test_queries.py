@@ -97,7 +97,7 @@ async def plan(db: Connection, name: str, *values: Any) -> str:
         whose, _, question = name.rpartition(": ")
         query = {"": queries._SQL, "alerts": alerts._SQL, "inbox": inbox._SQL}[whose][question]
         if question in ("list", "newer_events"):
-            query = inbox.of_unfinished(query, values[0], values[1])
+            query = inbox.of_unfinished(query, *values[:3])
         return "\n".join(line for (line,) in await db.fetch("EXPLAIN " + query, *values))
 
 

@@ -51,6 +51,21 @@ async def test_a_running_worker_hears_of_events_tries_them_again_in_time_and_sto
     assert await effects(shop) == {"evt_1": 1}
 
 
+async def test_an_event_that_is_noted_far_behind_where_the_queue_began_is_found_all_the_same(
+    shop: Connection, make_worker: MakeWorker
+) -> None:
+    async with running(await make_worker()):
+        await put(shop, of("cus_1", "evt_1"))
+        await settled(shop, "evt_1", "processed")
+        # As a transaction does that began an hour ago and ends now.
+        async with shop.transaction():
+            await put(shop, of("cus_2", "evt_2"))
+            await shop.execute(
+                "UPDATE webhook_events SET next_try_at = now() - interval '1 hour' WHERE event_id = 'evt_2'"
+            )
+        await settled(shop, "evt_2", "processed")
+
+
 async def test_what_becomes_due_while_the_only_hand_is_just_looking_is_taken_at_once(
     shop: Connection,
     other: Connection,
@@ -256,13 +271,13 @@ async def test_an_error_in_claiming_is_told_again_and_again_ever_later_and_a_sto
     shop: Connection, make_worker: MakeWorker, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kamiyo.worker._PAUSE_SECONDS", (0.01, 3600.0))
-    claim, began = inbox.claim_or_wait, list[float]()
+    claim, began = inbox.claim_since, list[float]()
 
-    async def stumble(*_: object) -> tuple[int, list[inbox.Claimed], float | None]:
+    async def stumble(*_: object) -> inbox.Taken:
         began.append(time.monotonic())
         raise TypeError("jenny@example.com")
 
-    monkeypatch.setattr(inbox, "claim_or_wait", stumble)
+    monkeypatch.setattr(inbox, "claim_since", stumble)
     worker = await make_worker(KAMIYO_WORKER_CONCURRENCY=1)
     await put(shop, of("cus_1", "evt_1"))
     async with running(worker):
@@ -278,7 +293,7 @@ async def test_an_error_in_claiming_is_told_again_and_again_ever_later_and_a_sto
     assert {(line["part"], line["error"], line["level"]) for line in lines} == {("turn", "TypeError", "error")}
     assert re.fullmatch(r"worker\.py:\d+", str(lines[0]["place"])), "where it came from, in this package"
     assert "jenny@example.com" not in str(log())
-    monkeypatch.setattr(inbox, "claim_or_wait", claim)
+    monkeypatch.setattr(inbox, "claim_since", claim)
     assert await work_off(await make_worker(), shop) == 1, "nothing was lost"
 
 

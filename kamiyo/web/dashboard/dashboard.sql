@@ -110,7 +110,7 @@ SELECT e.*, f.error_type FROM (
       AND ($1 IS NULL OR $1 NOT IN ('pending', 'processing', 'retrying') OR next_try_at IS NOT NULL)
       AND ($1 IS DISTINCT FROM 'dead' OR next_try_at IS NULL)
       AND ($2::text IS NULL OR event_type = $2)
-      AND ($3::text IS NULL OR customer = $3)
+      AND ($3::text IS NULL OR customer = $3 AND webhook_day(created_at) = ANY (webhook_days()))
       AND ($4::text IS NULL OR object_id = $4)
       AND ($5::text IS NULL OR account = $5 AND ($5 = '' OR account <> ''))
       AND ($6::text IS NULL OR context = $6 AND context <> '')
@@ -118,7 +118,7 @@ SELECT e.*, f.error_type FROM (
       AND ($8::timestamptz IS NULL OR created_at >= $8)
       AND ($9::timestamptz IS NULL OR created_at < $9)
       AND (created_at, seq) > ($10::timestamptz, $11::bigint)
-    ORDER BY created_at, seq
+    ORDER BY CASE WHEN $3 IS NOT NULL THEN webhook_day(created_at) END, created_at, seq
     LIMIT $12
 ) AS e
 LEFT JOIN LATERAL (SELECT error_type FROM webhook_failures
@@ -140,7 +140,7 @@ SELECT kind, id, detail FROM (
      FROM billing.customers WHERE id >= $1 AND id < $2 ORDER BY id LIMIT $3)
     UNION ALL
     (SELECT 2, 'customer', customer, ''
-     FROM webhook_events WHERE customer = $1 LIMIT 1)
+     FROM webhook_events_of($1) LIMIT 1)
     UNION ALL
     (SELECT DISTINCT 3, 'object', id, 'subscription'
      FROM billing.subscriptions WHERE id >= $1 AND id < $2 ORDER BY id LIMIT $3)
@@ -166,14 +166,14 @@ GROUP BY place, kind, id, detail ORDER BY place, id;
 -- same account ($5) and mode ($6), for an id may be known in several.
 SELECT * FROM (
     (SELECT seq, event_id, event_type, status, outcome, created_at, failed_at, next_try_at, object_id, processing_us
-     FROM webhook_events
-     WHERE customer = $1 AND account = $5 AND livemode = $6 AND (created_at, seq) > ($2::timestamptz, $3::bigint)
-     ORDER BY created_at, seq LIMIT $4)
+     FROM webhook_events_of($1)
+     WHERE account = $5 AND livemode = $6 AND (created_at, seq) > ($2::timestamptz, $3::bigint)
+     ORDER BY webhook_day(created_at), created_at, seq LIMIT $4)
     UNION ALL
     (SELECT seq, event_id, event_type, status, outcome, created_at, failed_at, next_try_at, object_id, processing_us
-     FROM webhook_events
-     WHERE customer = $1 AND account = $5 AND livemode = $6 AND (created_at, seq) <= ($2::timestamptz, $3::bigint)
-     ORDER BY created_at DESC, seq DESC LIMIT $4 + 1)
+     FROM webhook_events_of($1)
+     WHERE account = $5 AND livemode = $6 AND (created_at, seq) <= ($2::timestamptz, $3::bigint)
+     ORDER BY webhook_day(created_at) DESC, created_at DESC, seq DESC LIMIT $4 + 1)
 ) AS around ORDER BY created_at DESC, seq DESC;
 
 -- name: around_object
@@ -316,7 +316,7 @@ SELECT account, livemode FROM (
     UNION
     (SELECT account, livemode FROM billing.payment_methods WHERE customer = $1 LIMIT 200)
     UNION
-    (SELECT account, livemode FROM webhook_events WHERE customer = $1 ORDER BY created_at DESC LIMIT 200)
+    (SELECT account, livemode FROM webhook_events_of($1) ORDER BY webhook_day(created_at) DESC, created_at DESC LIMIT 200)
 ) AS known ORDER BY account, livemode DESC;
 
 -- name: customer
@@ -339,8 +339,8 @@ ORDER BY created DESC NULLS LAST, id LIMIT $4;
 SELECT e.seq, e.event_id, e.event_type, e.status, e.outcome, e.created_at, e.failed_at, e.next_try_at, e.object_id,
        e.account, e.livemode,
        (SELECT p.body FROM webhook_payloads AS p WHERE p.seq = e.seq AND p.created_at = e.created_at) AS body
-FROM webhook_events AS e
-WHERE e.customer = $1 AND e.account = $2 AND e.livemode = $3
+FROM webhook_events_of($1) AS e
+WHERE e.account = $2 AND e.livemode = $3
   AND ($4::timestamptz IS NULL OR (e.created_at, e.seq) < ($4, $5::bigint))
-ORDER BY e.created_at DESC, e.seq DESC
+ORDER BY webhook_day(e.created_at) DESC, e.created_at DESC, e.seq DESC
 LIMIT $6;
