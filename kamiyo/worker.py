@@ -25,7 +25,7 @@ from datetime import datetime, timedelta
 import asyncpg
 
 from kamiyo import handlers, inbox, mirror, projections, reads, retry, shadow, telemetry, ties, tracing
-from kamiyo.database import DATABASE_ERRORS, Connection, Pool, listening, reason_of, to_the_end
+from kamiyo.database import DATABASE_ERRORS, UNAVAILABLE, Connection, Pool, listening, reason_of, to_the_end
 from kamiyo.errors import DatabaseUnavailable, KamiyoError
 from kamiyo.event import Event, lane_of
 from kamiyo.handlers import Bury, PayloadGone, Registry, Retry, WorkerDied
@@ -351,7 +351,7 @@ class Worker:
                 await self._fail_alone(db, number, claimed, PayloadGone("its body was removed by retention"))
             else:
                 fit.append(claimed)
-        fit = await self._ready(db, number, fit)
+        fit = await self._ready_or_alone(db, number, fit)
         began = time.perf_counter()
         tried = 0
         for chunk in self._chunks(fit):
@@ -369,6 +369,20 @@ class Worker:
                 if self._stopping and not db.is_closed():
                     await to_the_end(inbox.release(db, number, [claimed.event.id for claimed in fit]))
                 raise
+
+    async def _ready_or_alone(self, db: Connection, number: int, batch: Sequence[Claimed]) -> list[Claimed]:
+        """`_ready`, past an error that nobody thought of: the one event that is not to be made ready has failed."""
+        try:
+            return await self._ready(db, number, batch)
+        except ClaimLost:
+            raise
+        except Exception as error:
+            if isinstance(error, (DatabaseUnavailable, *UNAVAILABLE)):
+                raise
+            if len(batch) == 1:
+                await self._fail_alone(db, number, batch[0], error)
+                return []
+        return [one for claimed in batch for one in await self._ready_or_alone(db, number, [claimed])]
 
     async def _ready(self, db: Connection, number: int, batch: Sequence[Claimed]) -> list[Claimed]:
         """The batch without the thin events that are told by their twins, or must be read first; the others with what

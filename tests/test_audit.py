@@ -197,16 +197,17 @@ async def test_what_only_the_database_refuses_is_told_and_all_others_are_mended(
     }
 
 
-async def test_a_row_that_is_erased_while_others_are_mended_is_told_no_more(
+async def test_a_row_that_is_erased_while_others_are_mended_is_told_no_more_and_does_not_come_back(
     db: Connection, worker: Worker, stripe: StripeServer, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await known(db, worker, stripe, *(example("customer", id=name, name="Ada") for name in ("cus_1", "cus_404")))
-    await db.execute("UPDATE billing.customers SET name = 'x' WHERE id = 'cus_1'")
+    names = ("cus_1", "cus_2", "cus_404")
+    await known(db, worker, stripe, *(example("customer", id=name, name="Ada") for name in names))
+    await db.execute("UPDATE billing.customers SET name = 'x' WHERE id <> 'cus_404'")
     stripe.forget("customer", "cus_404")
     begin = inbox.audit
 
     async def begin_after_an_erasure(*what: Any) -> int:
-        await db.execute("DELETE FROM billing.customers WHERE id = 'cus_404'")
+        await db.execute("DELETE FROM billing.customers WHERE id <> 'cus_1'")
         return await begin(*what)
 
     monkeypatch.setattr(inbox, "audit", begin_after_an_erasure)

@@ -163,7 +163,7 @@ _SMALL = {
     *("newer_events", "limits"),  # asked above, and a setting
     *("backlog", "sample_backlog", "by_hand", "begin_replay", "tell_replay", "end_replay", "replay"),
     *(f"alerts: {name}" for name in ("alone", "open", "close", "close_bursts", "forget_untold")),
-    *(f"alerts: {name}" for name in ("told", "told_over", "missed", "stripe_refuses")),
+    *(f"alerts: {name}" for name in ("told", "told_over", "missed", "stripe_refuses", "unfolded")),
 }
 
 

@@ -5,14 +5,16 @@ import json
 import os
 import sys
 
-from kamiyo import alerts, inbox
+import pytest
+
+from kamiyo import alerts, inbox, reads
 from kamiyo.database import Connection
 from kamiyo.event import Event
 from kamiyo.handlers import Registry
 from tests.conftest import ROOT, SECRET, Log, MakeSettings, event_json, until
 from tests.stripe_server import HANGS, KEY, StripeServer
 from tests.thin.conftest import house, pair, thin_json, waiting
-from tests.turns import billing, example, no_lanes_held, put, row_of, statuses
+from tests.turns import billing, example, failures_of, no_lanes_held, put, row_of, statuses
 
 
 async def test_while_stripe_is_away_events_wait_nothing_fails_and_people_can_see_it(
@@ -36,6 +38,29 @@ async def test_while_stripe_is_away_events_wait_nothing_fails_and_people_can_see
     assert len(stripe.paths) == 2
     assert await statuses(db) == {"evt_65a": "processed", "evt_other": "processed"}
     assert await db.fetchval("SELECT count(*) FROM webhook_failures") == 0
+
+
+async def test_a_thin_event_that_cannot_be_made_ready_has_failed_alone_and_those_beside_it_go_on(
+    db: Connection, database_url: str, settings: MakeSettings, stripe: StripeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted, stumbled = reads.wanted, list[str]()
+
+    def stumble(event: Event, *, handled: bool) -> bool:
+        if event.id == "evt_65odd":
+            stumbled.append(event.id)
+            raise TypeError("nobody thought of this")
+        return wanted(event, handled=handled)
+
+    monkeypatch.setattr(reads, "wanted", stumble)
+    ada = example("customer", id="cus_1", name="Ada")
+    stripe.show(ada)
+    odd = thin_json("v1.customer.updated", example("customer", id="cus_2"), "evt_65odd")
+    await put(db, odd, thin_json("v1.customer.updated", ada, "evt_65a"), event_json("evt_other"))
+    async with house(database_url, settings, stripe, KAMIYO_FIRST_RETRY_DELAY=3600) as here:
+        await here.work(db)
+    assert await statuses(db) == {"evt_65odd": "failed", "evt_65a": "processed", "evt_other": "processed"}
+    assert [(row["error_type"], row["retry_count"]) for row in await failures_of(db, "evt_65odd")] == [("TypeError", 1)]
+    assert len(stumbled) == 2, "with the others, and alone"
 
 
 async def test_twins_need_no_stripe_that_answers(
