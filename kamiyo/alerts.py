@@ -7,7 +7,7 @@ event, and cannot fail either. Channels are Apprise URLs (Discord, Slack, e-mail
     event_died      an event has used up its tries, or was buried; one incident for each cause
     failure_rate    over 20 % of a type's events of the last quarter of an hour failed, and at least five
     overdue         the oldest due event has waited for over five minutes: is a worker running?
-    maintenance     no worker has folded counts for 15 minutes, or made the coming days' tables since yesterday
+    maintenance     no worker has made the coming days' tables since yesterday
     bad_signatures  at least ten deliveries within five minutes were not signed with our secret
     reads_overdue   an event has waited for over five minutes until what it is about is read from Stripe
     stripe_refuses  Stripe refuses STRIPE_SECRET_KEY, or lets it not read something that is needed
@@ -37,8 +37,6 @@ _DASHBOARD = "/api/v1/webhooks/dashboard"
 
 _LOOK_EVERY_SECONDS = 15.0
 _OVERDUE_SECONDS = 300.0
-# Counts are folded every five seconds; each has the minute it is of.
-_UNFOLDED_SECONDS = 900.0
 _AWAY_SECONDS = 60.0
 _BURST_SECONDS = 300.0
 _BURST = 10
@@ -225,22 +223,6 @@ class Alerts:
             self._away_since, self._told_away = None, False
 
 
-async def _undone(db: Connection) -> str | None:
-    left = await inbox.days_left(db)
-    if left is not None:
-        return (
-            f"No worker has made the coming days' tables since yesterday: events can be stored for {left} "
-            f"day{'s' * (left != 1)} more, then deliveries are answered 503."
-        )
-    seconds = await db.fetchval(_SQL["unfolded"])
-    if seconds is not None and seconds > _UNFOLDED_SECONDS:
-        return (
-            f"No worker has folded the counts for {seconds / 60:.0f} minutes; where that is so for days, the tables of "
-            "the coming days will be missing, and deliveries are answered 503."
-        )
-    return None
-
-
 async def find(db: Connection) -> list[Incident]:
     """What the database says is wrong now."""
     found = [_died(row) for row in await db.fetch(_SQL["dead"])]
@@ -257,13 +239,15 @@ async def find(db: Connection) -> list[Incident]:
                 "/events?status=pending",
             )
         )
-    undone = await _undone(db)
-    if undone is not None:
+    left = await inbox.days_left(db)
+    if left is not None:
         found.append(
             Incident(
                 "maintenance",
                 "Maintenance does not get done",
-                f"{undone} Is a worker running? worker_failed or maintenance_failed in its log says why.",
+                f"No worker has made the coming days' tables since yesterday: events can be stored for {left} "
+                f"day{'s' * (left != 1)} more, then deliveries are answered 503. Is a worker running? worker_failed or "
+                "maintenance_failed in its log says why.",
                 "/",
             )
         )

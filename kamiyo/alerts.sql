@@ -33,10 +33,6 @@ SELECT event_id, extract(epoch FROM now() - next_try_at)::float8 AS seconds,
 FROM webhook_unfinished
 WHERE next_try_at IS NOT NULL ORDER BY next_try_at, seq LIMIT 1;
 
--- name: unfolded
--- For how long, in seconds, no worker has folded the counts, which one does every five seconds where there are any.
-SELECT extract(epoch FROM now() - min(minute))::float8 FROM webhook_count_changes;
-
 -- name: reads_overdue
 -- How many events wait until their object is read (100,000 at most), which of them longest and how long, and what is known
 -- of why.

@@ -232,20 +232,20 @@ class _Comparison:
         rows = (Row(table, i, self.account, self.api.livemode, tuple(v), *told) for i, *v, told in map(_split, found))
         return {row.id: row for row in rows}
 
-    async def _held(self, db: Connection, looks: Sequence[_Look]) -> list[_Look]:
-        """Those of the looks whose row is still there, and is until the transaction ends."""
+    async def _there(self, db: Connection, looks: Sequence[_Look]) -> list[_Look]:
+        """Those of the looks whose row is still there."""
         there = set[tuple[str, str]]()
         for table, ids in _by_table(looks):
-            found = await db.fetch(_SQL[f"hold_{table}"], self.account, self.api.livemode, ids)
-            there |= {(table, object_id) for (object_id,) in found}
+            there |= {(table, object_id) for object_id in await self._rows(db, table, ids)}
         return [look for look in looks if (look.row.table, look.row.id) in there]
 
     async def _apply(self, told: Sequence[_Look], line: int) -> list[Refusal]:
         waiting, refused = told, list[Refusal]()
         for _ in range(_MOST_LANE_TRIES):
             async with self.pool.acquire(timeout=10) as db, db.transaction():
-                # A row that somebody has erased meanwhile is not to come back.
-                waiting = await self._held(db, waiting)
+                # A row that somebody has deleted meanwhile is not to come back. To hold those that are there would be a
+                # lock out of turn, and a ring with who deletes.
+                waiting = await self._there(db, waiting)
                 result = await reads.apply(db, [look.read for look in waiting])
                 applied = [look for look in waiting if look.read not in result.held_up]
                 if applied:

@@ -63,20 +63,3 @@ FROM billing.payment_methods WHERE account = $1 AND livemode = $2 AND id = ANY (
 -- Which of these objects have an event that is not processed yet.
 SELECT DISTINCT object_id FROM webhook_events
 WHERE status IN ('pending', 'processing') AND object_id = ANY ($1::text[]) AND account = $2 AND livemode = $3;
-
--- name: hold_customers
--- Of these rows, those that are there and that nobody is removing: until the transaction ends, nobody does. Who changes one
--- need not wait.
-SELECT id FROM billing.customers WHERE account = $1 AND livemode = $2 AND id = ANY ($3) FOR KEY SHARE SKIP LOCKED;
-
--- name: hold_subscriptions
--- See customers.
-SELECT id FROM billing.subscriptions WHERE account = $1 AND livemode = $2 AND id = ANY ($3) FOR KEY SHARE SKIP LOCKED;
-
--- name: hold_invoices
--- See customers.
-SELECT id FROM billing.invoices WHERE account = $1 AND livemode = $2 AND id = ANY ($3) FOR KEY SHARE SKIP LOCKED;
-
--- name: hold_payment_methods
--- See customers.
-SELECT id FROM billing.payment_methods WHERE account = $1 AND livemode = $2 AND id = ANY ($3) FOR KEY SHARE SKIP LOCKED;

@@ -48,7 +48,7 @@ SELECT known_event_id, known_status, is_new FROM webhook_receive(
 
 -- name: claim
 -- Lets go of the lanes of the last turn, and takes up to $1 due events: see 031_claim_since.sql. $2: types with a handler.
-SELECT claim, due_in, first_due, seq, created_at, event_id, event_type, stripe_created, livemode, thin, account, context,
+SELECT claim, due_in, greatest(first_due, 'epoch') AS first_due, seq, created_at, event_id, event_type, stripe_created, livemode, thin, account, context,
        api_version, object_type, object_id, customer, snapshot_event, lane, attempts, suspect, abandoned, was_running,
        started, body
 FROM webhook_claim($1, $2, coalesce($3, '-infinity'::timestamptz));
@@ -212,7 +212,7 @@ SELECT e.*, f.error_type FROM (
       AND ($1 IS NULL OR $1 NOT IN ('pending', 'processing', 'retrying') OR next_try_at IS NOT NULL)
       AND ($1 IS DISTINCT FROM 'dead' OR next_try_at IS NULL)
       AND ($2::text IS NULL OR event_type = $2)
-      AND ($3::text IS NULL OR customer = $3 AND webhook_day(created_at) = ANY (webhook_days()))
+      AND ($3::text IS NULL OR customer = $3 AND webhook_day(created_at) = ANY ((SELECT webhook_days())::date[]))
       AND ($4::text IS NULL OR object_id = $4)
       AND ($5::text IS NULL OR account = $5 AND ($5 = '' OR account <> ''))
       AND ($6::text IS NULL OR context = $6 AND context <> '')
@@ -234,7 +234,7 @@ WHERE CASE WHEN $1::text IN ('failed', 'retrying', 'dead') THEN failed_at IS NOT
            ELSE status = $1 AND $1 = 'processed' END
   AND ($1 <> 'retrying' OR next_try_at IS NOT NULL) AND ($1 <> 'dead' OR next_try_at IS NULL)
   AND ($2::text IS NULL OR event_type = $2)
-  AND ($3::text IS NULL OR customer = $3 AND webhook_day(created_at) = ANY (webhook_days()))
+  AND ($3::text IS NULL OR customer = $3 AND webhook_day(created_at) = ANY ((SELECT webhook_days())::date[]))
   AND ($4::text IS NULL OR object_id = $4)
   AND ($5::text IS NULL OR account = $5)
   AND ($6::text IS NULL OR context = $6 AND context <> '')
@@ -254,7 +254,7 @@ WITH picked AS (
                ELSE status = $1 AND $1 = 'processed' END
       AND ($1 <> 'retrying' OR next_try_at IS NOT NULL) AND ($1 <> 'dead' OR next_try_at IS NULL)
       AND ($2::text IS NULL OR event_type = $2)
-      AND ($3::text IS NULL OR customer = $3 AND webhook_day(created_at) = ANY (webhook_days()))
+      AND ($3::text IS NULL OR customer = $3 AND webhook_day(created_at) = ANY ((SELECT webhook_days())::date[]))
       AND ($4::text IS NULL OR object_id = $4)
       AND ($5::text IS NULL OR account = $5)
       AND ($6::text IS NULL OR context = $6 AND context <> '')

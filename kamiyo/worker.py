@@ -25,7 +25,7 @@ from datetime import datetime, timedelta
 import asyncpg
 
 from kamiyo import handlers, inbox, mirror, projections, reads, retry, shadow, telemetry, ties, tracing
-from kamiyo.database import DATABASE_ERRORS, UNAVAILABLE, Connection, Pool, listening, reason_of, to_the_end
+from kamiyo.database import DATABASE_ERRORS, Connection, Pool, listening, reason_of, to_the_end
 from kamiyo.errors import DatabaseUnavailable, KamiyoError
 from kamiyo.event import Event, lane_of
 from kamiyo.handlers import Bury, PayloadGone, Registry, Retry, WorkerDied
@@ -263,14 +263,16 @@ class Worker:
                 await to_the_end(inbox.unlock(db))
 
     async def _claim(self, db: Connection, most: int) -> inbox.Taken:
-        began = time.monotonic()
+        began, (often, seldom) = time.monotonic(), _LOOK_AT_ALL_EVERY_SECONDS
         if began < self._look_at_all_at:
             return await inbox.claim_since(db, self._queue_begins, most, self.registry.types())
+        # Meanwhile the other hands look from where the queue began before.
+        self._look_at_all_at = next_time = began + often
         taken = await inbox.claim_since(db, None, most, self.registry.types())
-        least, most_seconds = _LOOK_AT_ALL_EVERY_SECONDS
-        seconds = (time.monotonic() - began) / _LOOK_AT_ALL_SHARE
-        self._look_at_all_at = began + min(max(seconds, least), most_seconds)
-        self._queue_begins = taken.first_due - _STORING_TAKES
+        if self._look_at_all_at == next_time:  # no other hand has looked at everything since
+            seconds = (time.monotonic() - began) / _LOOK_AT_ALL_SHARE
+            self._look_at_all_at = began + min(max(seconds, often), seldom)
+            self._queue_begins = taken.first_due - _STORING_TAKES
         return taken
 
     async def _listen(self) -> None:
@@ -377,7 +379,7 @@ class Worker:
         except ClaimLost:
             raise
         except Exception as error:
-            if isinstance(error, (DatabaseUnavailable, *UNAVAILABLE)):
+            if isinstance(error, _AWAY):
                 raise
             if len(batch) == 1:
                 await self._fail_alone(db, number, batch[0], error)

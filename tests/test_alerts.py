@@ -158,19 +158,6 @@ async def test_days_ahead_that_no_worker_makes_are_an_incident(db: Connection) -
     assert "for 5 days more" in incident.body and "worker_failed" in incident.body
 
 
-async def test_counts_that_no_worker_folds_for_a_quarter_of_an_hour_are_an_incident(db: Connection) -> None:
-    await inbox.put(db, [parse(event_json(fresh_id(), "customer.created"), received=time.time())])
-    await db.execute("UPDATE webhook_events SET next_try_at = now() + interval '1 hour'")
-    await db.execute("UPDATE webhook_count_changes SET minute = now() - interval '14 minutes'")
-    assert await find(db) == []
-    await db.execute("UPDATE webhook_count_changes SET minute = now() - interval '20 minutes'")
-    [incident] = await find(db)
-    assert incident.key == "maintenance"
-    assert "for 20 minutes" in incident.body and "Is a worker running" in incident.body
-    await inbox.fold_counts(db)
-    assert await find(db) == []
-
-
 async def test_a_type_that_fails_often_is_an_incident(db: Connection) -> None:
     bodies = [event_json(fresh_id(), "invoice.paid") for _ in range(10)]
     await inbox.put(db, [parse(body, received=time.time()) for body in bodies])

@@ -197,7 +197,7 @@ async def test_what_only_the_database_refuses_is_told_and_all_others_are_mended(
     }
 
 
-async def test_a_row_that_is_erased_while_others_are_mended_is_told_no_more_and_does_not_come_back(
+async def test_a_row_that_is_deleted_while_others_are_mended_is_told_no_more_and_does_not_come_back(
     db: Connection, worker: Worker, stripe: StripeServer, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = ("cus_1", "cus_2", "cus_404")

@@ -97,7 +97,7 @@ async def plan(db: Connection, name: str, *values: Any) -> str:
         whose, _, question = name.rpartition(": ")
         query = {"": queries._SQL, "alerts": alerts._SQL, "inbox": inbox._SQL}[whose][question]
         if question in ("list", "newer_events"):
-            query = inbox.of_unfinished(query, *values[:3])
+            query = inbox.of_unfinished(query, values[0])
         return "\n".join(line for (line,) in await db.fetch("EXPLAIN " + query, *values))
 
 
@@ -163,7 +163,7 @@ _SMALL = {
     *("newer_events", "limits"),  # asked above, and a setting
     *("backlog", "sample_backlog", "by_hand", "begin_replay", "tell_replay", "end_replay", "replay"),
     *(f"alerts: {name}" for name in ("alone", "open", "close", "close_bursts", "forget_untold")),
-    *(f"alerts: {name}" for name in ("told", "told_over", "missed", "stripe_refuses", "unfolded")),
+    *(f"alerts: {name}" for name in ("told", "told_over", "missed", "stripe_refuses")),
 }
 
 

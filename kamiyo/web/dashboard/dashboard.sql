@@ -110,7 +110,7 @@ SELECT e.*, f.error_type FROM (
       AND ($1 IS NULL OR $1 NOT IN ('pending', 'processing', 'retrying') OR next_try_at IS NOT NULL)
       AND ($1 IS DISTINCT FROM 'dead' OR next_try_at IS NULL)
       AND ($2::text IS NULL OR event_type = $2)
-      AND ($3::text IS NULL OR customer = $3 AND webhook_day(created_at) = ANY (webhook_days()))
+      AND ($3::text IS NULL OR customer = $3 AND webhook_day(created_at) = ANY ((SELECT webhook_days())::date[]))
       AND ($4::text IS NULL OR object_id = $4)
       AND ($5::text IS NULL OR account = $5 AND ($5 = '' OR account <> ''))
       AND ($6::text IS NULL OR context = $6 AND context <> '')

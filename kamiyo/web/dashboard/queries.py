@@ -187,7 +187,7 @@ async def events(
 ) -> Page:
     """A page of events: the newest, or those below `before`, or those right above `after`."""
     if after is not None:
-        newer = inbox.of_unfinished(_SQL["newer_events"], search.status, search.type, search.customer)
+        newer = inbox.of_unfinished(_SQL["newer_events"], search.status)
         rows = await db.fetch(newer, *search.values(), *after, size + 1)
         more, rows = len(rows) > size, rows[:size][::-1]
         return Page(rows, _position(rows[0]) if rows and more else None, _position(rows[-1]) if rows else None)
