@@ -352,6 +352,49 @@ async def test_the_hosts_own_tables_and_functions_stay_as_they_are(empty: tuple[
 # ── Nonsense is refused ───────────────────────────────────────────────────────────────────────────────────
 
 
+async def test_indexes_that_were_built_beforehand_are_left_as_they_are(new_database: NewDatabase) -> None:
+    db = await database.connect(new_database(), application="test")
+    # As a database is that has neither migration yet.
+    await db.execute(
+        "DELETE FROM webhook_migrations WHERE name IN ('029_failed_by_type', '030_customers_by_day'); "
+        "DROP INDEX webhook_events_failed_type, webhook_events_customer; DROP FUNCTION webhook_events_of; "
+        "CREATE INDEX webhook_events_customer ON webhook_events (customer, created_at) WHERE customer IS NOT NULL"
+    )
+    assert "webhook_day" not in await db.fetchval(_CUSTOMERS_INDEX)
+    # As decision 0032 says.
+    await db.execute(
+        "CREATE INDEX CONCURRENTLY webhook_events_failed_type ON webhook_events (event_type, created_at, seq) "
+        "WHERE failed_at IS NOT NULL"
+    )
+    await db.execute(
+        "CREATE INDEX CONCURRENTLY built_before ON webhook_events (webhook_day(created_at), customer, created_at) "
+        "WHERE customer IS NOT NULL"
+    )
+    await db.execute(
+        "BEGIN; DROP INDEX webhook_events_customer; ALTER INDEX built_before RENAME TO webhook_events_customer; COMMIT"
+    )
+    built = [await db.fetchval("SELECT $1::regclass::oid", name) for name in _LATE_INDEXES]
+    await migrate(db)
+    assert await missing_migrations(db) == []
+    assert [await db.fetchval("SELECT $1::regclass::oid", name) for name in _LATE_INDEXES] == built
+    await db.close()
+
+
+async def test_the_index_by_customer_of_before_is_built_anew(new_database: NewDatabase) -> None:
+    db = await database.connect(new_database(), application="test")
+    await db.execute(
+        "DELETE FROM webhook_migrations WHERE name = '030_customers_by_day'; DROP INDEX webhook_events_customer; "
+        "CREATE INDEX webhook_events_customer ON webhook_events (customer, created_at) WHERE customer IS NOT NULL"
+    )
+    await migrate(db)
+    assert "webhook_day" in await db.fetchval(_CUSTOMERS_INDEX)
+    await db.close()
+
+
+_LATE_INDEXES = ("webhook_events_failed_type", "webhook_events_customer")
+_CUSTOMERS_INDEX = "SELECT pg_get_indexdef('webhook_events_customer'::regclass)"
+
+
 @pytest.mark.parametrize(
     ("change", "constraint"),
     [

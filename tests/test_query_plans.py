@@ -4,6 +4,7 @@ On a ledger of 20,000 events PostgreSQL already chooses what it would choose on 
 would rightly read them all, so no other test can see an index go missing.
 """
 
+import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -86,6 +87,17 @@ async def ledger(filled: str) -> AsyncIterator[Connection]:
     await transaction.rollback()
     # Rows that were undone are dead, and in the indexes; the next test's plans would be of a ledger full of them.
     await db.execute("VACUUM (ANALYZE, TRUNCATE false, INDEX_CLEANUP true) webhook_events, webhook_unfinished")
+    await db.close()
+
+
+@contextlib.asynccontextmanager
+async def ledger_changed(new_database: NewDatabase, change: str, *values: Any) -> AsyncIterator[Connection]:
+    """A ledger of its own: what ANALYZE finds and what an index has grown to, no rollback takes back."""
+    db = await database.connect(new_database(), application="test")
+    await db.execute(_FILL)
+    await db.execute(change, *values)
+    await db.execute("VACUUM ANALYZE")
+    yield db
     await db.close()
 
 
@@ -431,76 +443,65 @@ async def test_the_list_has_an_index_for_each_filter_and_reads_little_more_than_
 async def test_the_list_of_a_long_backlog_reads_little_more_than_it_shows(
     status: str, new_database: NewDatabase
 ) -> None:
-    # Of its own: what ANALYZE finds and what an index has grown to, no rollback takes back.
-    ledger = await database.connect(new_database(), application="test")
-    await ledger.execute(_FILL)
-    await ledger.execute(
+    change = (
         "UPDATE webhook_events SET outcome = NULL, processed_at = NULL, "
         "status = CASE $1 WHEN 'pending' THEN 'pending' ELSE 'failed' END, "
-        "failed_at = CASE WHEN $1 <> 'pending' THEN now() END, next_try_at = CASE WHEN $1 <> 'dead' THEN now() END",
-        status,
+        "failed_at = CASE WHEN $1 <> 'pending' THEN now() END, next_try_at = CASE WHEN $1 <> 'dead' THEN now() END"
     )
-    assert await ledger.fetchval("SELECT count(*) FROM webhook_unfinished") == EVENTS
-    await ledger.execute("VACUUM ANALYZE")
     query = inbox.of_unfinished(_SQL["list"], status)
-    async with ledger.transaction():
+    async with ledger_changed(new_database, change, status) as ledger, ledger.transaction():
+        assert await ledger.fetchval("SELECT count(*) FROM webhook_unfinished") == EVENTS
         await ledger.execute(inbox.AS_A_LIST)
         nodes = await plan(ledger, query, *Filters(status=status).values(), None, None, 20, mode="force_custom_plan")
     assert not any(node["Node Type"] == "Seq Scan" and node["Actual Loops"] for node in nodes)
     assert sum(rows_read(nodes, one) for one in indexes(nodes) - {"webhook_failures_event"}) <= 100
-    await ledger.close()
 
 
 async def test_failed_events_of_one_type_are_found_without_a_look_at_thousands_of_another(
     new_database: NewDatabase,
 ) -> None:
-    ledger = await database.connect(new_database(), application="test")
-    await ledger.execute(_FILL)
-    await ledger.execute(
+    change = (
         "UPDATE webhook_events SET outcome = NULL, processed_at = NULL, status = 'failed', failed_at = now(), "
         "next_try_at = NULL WHERE event_type = 'customer.updated'"
     )
-    await ledger.execute("VACUUM ANALYZE")
     wanted = Filters(status="failed", type="invoice.paid")
     questions: dict[str, tuple[Any, ...]] = {
         _SQL["list"]: (None, None, 20),
         _SQL["replay"]: (None, datetime(2000, 1, 1, tzinfo=UTC), 0, 1000),
     }
-    async with ledger.transaction():
+    async with ledger_changed(new_database, change) as ledger, ledger.transaction():
         await ledger.execute(inbox.AS_A_LIST)
         for question, rest in questions.items():
             nodes = await plan(ledger, question, *wanted.values(), *rest, mode="force_custom_plan")
             assert scanned(nodes) == set()
             assert sum(rows_read(nodes, one) for one in indexes(nodes)) <= 100
-    await ledger.close()
 
 
 async def test_the_pages_of_a_customer_with_half_of_all_events_read_little_more_than_they_show(
     new_database: NewDatabase,
 ) -> None:
-    ledger = await database.connect(new_database(), application="test")
-    await ledger.execute(_FILL)
-    await ledger.execute(
+    change = (
         "UPDATE webhook_events SET customer = 'cus_whale', created_at = created_at - seq * interval '1 ms' "
         "WHERE seq % 2 = 0"
     )
-    await ledger.execute("VACUUM ANALYZE")
     whale, page = Filters(customer="cus_whale").values(), (datetime.now(UTC) + timedelta(days=2), 100)
+    again = Filters(status="processed", customer="cus_whale").values()
     questions: list[tuple[str, tuple[Any, ...]]] = [
         (_SQL["list"], (*whale, None, None, 20)),
         (_SQL["list"], (*whale, *page, 20)),
+        (_SQL["replay"], (*again, None, datetime(2000, 1, 1, tzinfo=UTC), 0, 20)),
         (_DASHBOARD["newer_events"], (*whale, *page, 20)),
         (_DASHBOARD["around_customer"], ("cus_whale", *page, 10, "", False)),
         (_DASHBOARD["timeline"], ("cus_whale", "", False, *page, 20)),
         (_DASHBOARD["found"], ("cus_whale", "cus_whalf", 5)),
+        (_DASHBOARD["whose_customer"], ("cus_whale",)),  # of 200 events
     ]
-    async with ledger.transaction():
+    async with ledger_changed(new_database, change) as ledger, ledger.transaction():
         await ledger.execute(inbox.AS_A_LIST)
         for question, values in questions:
             nodes = await plan(ledger, question, *values, mode="force_custom_plan")
             assert "webhook_events" not in scanned(nodes)
-            assert 0 < rows_read(nodes, "webhook_events_customer") <= 100, question
-    await ledger.close()
+            assert 0 < rows_read(nodes, "webhook_events_customer") <= 210, question
 
 
 @modes

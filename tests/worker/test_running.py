@@ -7,6 +7,8 @@ import re
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
+from datetime import datetime
+from typing import Any
 
 import asyncpg
 import pytest
@@ -49,6 +51,41 @@ async def test_a_running_worker_hears_of_events_tries_them_again_in_time_and_sto
         event = await settled(shop, "evt_1", "processed")
     assert event["attempts"] == 3
     assert await effects(shop) == {"evt_1": 1}
+
+
+@pytest.mark.parametrize(
+    ("often", "share", "looks_at_all_again"),
+    [(3600.0, 1.0, False), (0.0, 1e-9, False), (0.0, 1e9, True)],
+    ids=["not yet", "after a look that took long", "in time"],
+)
+async def test_claims_begin_where_the_queue_began_until_it_is_time_to_look_at_everything_again(
+    shop: Connection,
+    make_worker: MakeWorker,
+    monkeypatch: pytest.MonkeyPatch,
+    often: float,
+    share: float,
+    looks_at_all_again: bool,
+) -> None:
+    monkeypatch.setattr("kamiyo.worker._LOOK_AT_ALL_EVERY_SECONDS", (often, 3600.0))
+    monkeypatch.setattr("kamiyo.worker._LOOK_AT_ALL_SHARE", share)
+    claim, begins = inbox.claim_since, list[datetime | None]()
+
+    async def noted(db: Connection, since: datetime | None, *words: Any) -> inbox.Taken:
+        begins.append(since)
+        return await claim(db, since, *words)
+
+    monkeypatch.setattr(inbox, "claim_since", noted)
+    async with running(await make_worker(KAMIYO_WORKER_CONCURRENCY=1)):
+        for event_id in ("evt_1", "evt_2"):
+            await put(shop, of("cus_1", event_id))
+            await settled(shop, event_id, "processed")
+    due = await shop.fetchval("SELECT created_at FROM webhook_events WHERE event_id = 'evt_1'")
+    first, *later = begins
+    assert first is None and later
+    if looks_at_all_again:
+        assert set(later) == {None}
+    else:
+        assert all(since is not None and since < due for since in later)
 
 
 async def test_an_event_that_is_noted_far_behind_where_the_queue_began_is_found_all_the_same(
