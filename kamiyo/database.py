@@ -53,6 +53,9 @@ UNAVAILABLE: tuple[type[BaseException], ...] = (
 #: The same, and whatever else PostgreSQL refuses.
 DATABASE_ERRORS: tuple[type[BaseException], ...] = (*UNAVAILABLE, asyncpg.PostgresError)
 
+#: The same, and that the database was given up when it was looked for.
+AWAY: tuple[type[BaseException], ...] = (*DATABASE_ERRORS, DatabaseUnavailable)
+
 _CANNOT_CONNECT: tuple[type[BaseException], ...] = (*DATABASE_ERRORS, ValueError)
 
 

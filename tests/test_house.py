@@ -27,7 +27,7 @@ FLOORS: list[set[str]] = [
     {"ties", "mirror"},
     {"reads"},
     {"handlers", "rebuild", "alerts", "simulator"},
-    {"receive", "shadow", "upgrade", "reconcile", "reader", "backfill", "audit", "conform", "doctor"},
+    {"receive", "turn", "shadow", "upgrade", "reconcile", "reader", "backfill", "audit", "conform", "doctor"},
     {"worker"},
     {"web"},
     {"cli", "testing"},

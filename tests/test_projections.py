@@ -27,7 +27,7 @@ RECEIVED = datetime(2026, 9, 21, tzinfo=UTC)
 @pytest.fixture
 async def worker(database_url: str, settings: MakeSettings, monkeypatch: pytest.MonkeyPatch) -> Worker:
     # No turn is cut short only because this machine is busy.
-    monkeypatch.setattr("kamiyo.worker._TURN_SECONDS", 60.0)
+    monkeypatch.setattr("kamiyo.turn._TURN_SECONDS", 60.0)
     return await worker_on(database_url, settings())
 
 

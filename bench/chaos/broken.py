@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bench.chaos.variables import BROKEN
-from kamiyo import event, inbox, projections, receive, worker
+from kamiyo import event, inbox, projections, receive, turn
 from kamiyo.database import Connection
 
 # How long the forbidden moment lasts in a broken build, in seconds. A real fault's is shorter and is met more rarely;
@@ -49,7 +49,7 @@ def _acknowledge_before_commit() -> None:
 
 
 def _settle_outside_transaction() -> None:
-    succeed, run_chunk = inbox.succeed, worker.Worker._run_chunk
+    succeed, run_chunk = inbox.succeed, turn.Turns._run_chunk
     postponed: ContextVar[list[inbox.Settled] | None] = ContextVar("postponed", default=None)
 
     async def postpone(db: Connection, number: int, settled: Sequence[inbox.Settled]) -> None:
@@ -57,7 +57,7 @@ def _settle_outside_transaction() -> None:
         if waiting is not None:
             waiting += settled
 
-    async def run_and_settle(self: worker.Worker, db: Connection, number: int, chunk: Sequence[Any]) -> int:
+    async def run_and_settle(self: turn.Turns, db: Connection, number: int, chunk: Sequence[Any]) -> int:
         waiting: list[inbox.Settled] = []
         before = postponed.set(waiting)
         try:
@@ -71,7 +71,7 @@ def _settle_outside_transaction() -> None:
         return tried
 
     _replace(inbox, "succeed", postpone)
-    _replace(worker.Worker, "_run_chunk", run_and_settle)
+    _replace(turn.Turns, "_run_chunk", run_and_settle)
 
 
 def _order_by_arrival() -> None:
@@ -91,11 +91,11 @@ def _ignore_lanes() -> None:
 
 
 def _ignore_twins() -> None:
-    async def pair_nobody(self: worker.Worker, db: Connection, trials: Sequence[Any]) -> None:
+    async def pair_nobody(self: turn.Turns, db: Connection, trials: Sequence[Any]) -> None:
         return None
 
     _replace(event.Event, "occurrence", property(lambda self: self.id))
-    _replace(worker.Worker, "_pair", pair_nobody)
+    _replace(turn.Turns, "_pair", pair_nobody)
 
 
 def _forget_the_dead() -> None:

@@ -17,6 +17,7 @@ import uvicorn
 import uvloop
 from dotenv import dotenv_values
 from fastapi import FastAPI
+from uvicorn.importer import import_from_string
 
 from kamiyo import database, handlers, telemetry
 from kamiyo.cli.console import complain, console, make_development_secrets, run_command, settings_for_commands
@@ -25,6 +26,8 @@ from kamiyo.errors import DatabaseUnavailable, SettingsError
 from kamiyo.settings import Settings, in_force, load_settings
 from kamiyo.web.system import TO_FINISH, database_url, running
 from kamiyo.web.wire import WireProtocol
+
+_APP = "api.main:app"
 
 
 def serve(
@@ -83,7 +86,7 @@ def serve(
             _greet(settings, made)
             uvicorn.run("kamiyo.cli.serve:one_of_several", factory=True, workers=workers, **options)
         else:
-            server = _Server(uvicorn.Config("api.main:app", **options), settings, made)
+            server = _Server(uvicorn.Config(_APP, **options), settings, made)
             server.run()
             if not server.started:
                 raise typer.Exit(3)
@@ -136,9 +139,8 @@ def _why_not(error: OSError, likely: str) -> str:
 
 def one_of_several() -> FastAPI:
     """The application, in a process of its own among several that share a port."""
-    from api.main import app  # here, because it takes the settings of this process
-
     _calm_garbage_collection()
+    app: FastAPI = import_from_string(_APP)
     return app
 
 

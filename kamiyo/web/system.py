@@ -17,7 +17,7 @@ import asyncpg
 
 from kamiyo import database, handlers, inbox, telemetry, tracing
 from kamiyo.alerts import Alerts
-from kamiyo.database import DATABASE_ERRORS, UNAVAILABLE, Pool
+from kamiyo.database import AWAY, DATABASE_ERRORS, UNAVAILABLE, Pool
 from kamiyo.errors import DatabaseUnavailable, KamiyoError
 from kamiyo.postgres import EmbeddedPostgres
 from kamiyo.reader import Reader
@@ -167,9 +167,6 @@ async def _make_ready(system: System) -> None:
         await db.close()
 
 
-_AWAY: tuple[type[BaseException], ...] = (*DATABASE_ERRORS, DatabaseUnavailable)
-
-
 # While nothing changes, a line now and then is enough.
 _SAY_AGAIN_SECONDS = 30.0
 
@@ -182,7 +179,7 @@ async def _serve(system: System) -> None:
             await _make_ready(system)
             system._ready = True
             break
-        except _AWAY as error:
+        except AWAY as error:
             reason = database.reason_of(error)
             if reason != told or time.monotonic() >= again_at:
                 happened("database_away", error=reason.partition(":")[0], reason=reason)

@@ -36,7 +36,7 @@ def make_worker(
 ) -> MakeWorker:
     """`await make_worker(KAMIYO_WORKER_BATCH=5)`: a worker with the handlers of `own`."""
     # No turn is cut short only because this machine is busy.
-    monkeypatch.setattr("kamiyo.worker._TURN_SECONDS", 60.0)
+    monkeypatch.setattr("kamiyo.turn._TURN_SECONDS", 60.0)
 
     async def make(**changes: object) -> Worker:
         return await worker_on(database_url, settings(**changes), own)

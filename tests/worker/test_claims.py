@@ -11,7 +11,7 @@ from kamiyo.database import Connection
 from kamiyo.event import Event
 from kamiyo.handlers import Registry
 from kamiyo.rebuild import rebuild
-from kamiyo.worker import MOST_HANDLED_TOGETHER
+from kamiyo.turn import MOST_HANDLED_TOGETHER
 from tests.conftest import DEADLINE, Log, event_json, until
 from tests.turns import NOW, die, due_now, example, failures_of, no_lanes_held, put, row_of, statuses, work_off
 from tests.worker.conftest import MakeWorker, effects, leave_effect, of, together
@@ -120,7 +120,7 @@ async def test_a_slow_type_lets_the_other_customers_of_its_batch_go_first(
         await put(shop, of("cus_a", f"evt_slow_{turn}", created=NOW))
         await put(shop, of("cus_b", f"evt_quick_{turn}", "invoice.voided", created=NOW + 1))
         assert await worker.run_once(shop) == 2
-        worker._slow.discard("invoice.voided")  # on a busy machine anything is slow
+        worker._turns._slow.discard("invoice.voided")  # on a busy machine anything is slow
     assert seen == {"evt_slow_1": set(), "evt_slow_2": {"evt_quick_1", "evt_quick_2"}}
 
 
@@ -137,8 +137,8 @@ async def test_a_turn_that_has_taken_its_time_gives_the_rest_back_untried_and_in
     for number in range(MOST_HANDLED_TOGETHER + 13):
         await put(shop, of(f"cus_{number % 3}", f"evt_{number}", created=NOW + number))
     worker = await make_worker()
-    monkeypatch.setattr("kamiyo.worker._TURN_SECONDS", 0.0)
-    worker._pace = 0.0  # nothing is known yet of how long events take, so a whole batch is claimed
+    monkeypatch.setattr("kamiyo.turn._TURN_SECONDS", 0.0)
+    worker._turns._pace = 0.0  # nothing is known yet of how long events take, so a whole batch is claimed
 
     assert await worker.run_once(shop) == MOST_HANDLED_TOGETHER + 13
     assert Counter((await statuses(shop)).values()) == {"processed": 1, "pending": MOST_HANDLED_TOGETHER + 12}

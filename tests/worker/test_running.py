@@ -18,7 +18,8 @@ from kamiyo.database import Connection, listening
 from kamiyo.event import Event
 from kamiyo.handlers import Registry
 from kamiyo.postgres import temporary_postgres
-from kamiyo.worker import MOST_HANDLED_TOGETHER, Worker
+from kamiyo.turn import MOST_HANDLED_TOGETHER
+from kamiyo.worker import Worker
 from tests.conftest import DEADLINE, Log, MakeSettings, event_json, fresh_id, settled, until
 from tests.turns import NOW, due_now, example, put, row_of, statuses, work_off, worker_on
 from tests.worker.conftest import MakeWorker, effects, leave_effect, of
@@ -206,7 +207,7 @@ async def test_an_abandoned_handler_leaves_no_effect_and_its_try_does_not_count(
         )
     for _ in range(2):
         worker = await make_worker()
-        worker._slow.add("invoice.paid")  # alone, so that its try is counted before it begins
+        worker._turns._slow.add("invoice.paid")  # alone, so that its try is counted before it begins
         entered.clear()
         async with running(worker):
             await entered.wait()

@@ -13,7 +13,7 @@ from kamiyo.database import Connection
 from kamiyo.event import Event
 from kamiyo.handlers import Bury, Registry, Retry
 from kamiyo.inbox import Filters
-from kamiyo.worker import MOST_HANDLED_TOGETHER
+from kamiyo.turn import MOST_HANDLED_TOGETHER
 from tests.conftest import DEADLINE, event_json
 from tests.turns import NOW, billing, due_now, example, failures_of, put, row_of, statuses, work_off
 from tests.worker.conftest import MakeWorker, effects, leave_effect, of, together
