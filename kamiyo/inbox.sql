@@ -47,7 +47,7 @@ SELECT known_event_id, known_status, is_new FROM webhook_receive(
 );
 
 -- name: claim
--- Lets go of the lanes of the last turn, and takes up to $1 due events: see 031_claim_since.sql. $2: types with a handler. An
+-- Lets go of the lanes of the last turn, and takes up to $1 due events: see 032_claim_passes_held_rows.sql. $2: types with a handler. An
 -- event that a person made due at '-infinity' is none to reckon from.
 SELECT claim, due_in, greatest(first_due, 'epoch') AS first_due, seq, created_at, event_id, event_type, stripe_created, livemode, thin, account, context,
        api_version, object_type, object_id, customer, snapshot_event, lane, attempts, suspect, abandoned, was_running,

@@ -1,5 +1,5 @@
 -- Who has a worker of its own wakes that one without a notice. The functions that say so, webhook_count_inserted(), and that
--- claim, webhook_claim(), stood here; they are in 026_unfinished.sql and 031_claim_since.sql.
+-- claim, webhook_claim(), stood here; they are in 026_unfinished.sql and 032_claim_passes_held_rows.sql.
 
 BEGIN;
 

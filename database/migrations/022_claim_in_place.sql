@@ -1,4 +1,4 @@
--- A claim writes no index. The function that claims, webhook_claim(), stood here; it is in 031_claim_since.sql.
+-- A claim writes no index. The function that claims, webhook_claim(), stood here; it is in 032_claim_passes_held_rows.sql.
 
 BEGIN;
 

@@ -1,5 +1,5 @@
 -- A claim takes only what is in a lane that it locked. The function that claims, webhook_claim(), stood here; it is in
--- 031_claim_since.sql.
+-- 032_claim_passes_held_rows.sql.
 
 BEGIN;
 

@@ -120,7 +120,7 @@ CREATE OR REPLACE FUNCTION webhook_recount() RETURNS void LANGUAGE sql AS $$
     SELECT created_at, seq, next_try_at, lane, failed_at IS NOT NULL, event_id FROM webhook_events WHERE status <> 'processed';
 $$;
 
--- The function that claims, webhook_claim(), stood here; it is in 031_claim_since.sql.
+-- The function that claims, webhook_claim(), stood here; it is in 032_claim_passes_held_rows.sql.
 
 -- How things are, in one line; /health says the same.
 CREATE OR REPLACE VIEW webhook_health_check AS

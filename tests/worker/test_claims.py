@@ -254,3 +254,59 @@ async def test_while_the_tables_are_made_again_events_wait_however_long_it_takes
     assert await effects(shop) == {f"evt_{one['id']}": 1 for one in customers}
     assert await shop.fetchval("SELECT max(attempts) FROM webhook_events") == 1
     await pool.close()
+
+
+async def test_an_event_that_somebody_holds_in_psql_keeps_back_its_own_customer_alone(
+    shop: Connection, other: Connection, own: Registry, make_worker: MakeWorker
+) -> None:
+    handled: list[str] = []
+
+    @own.on("invoice.paid")
+    async def handler(event: Event, db: Connection) -> None:
+        handled.append(event.id)
+
+    worker = await make_worker()
+    await put(shop, of("cus_a", "evt_a1"), of("cus_a", "evt_a2"), of("cus_b", "evt_b1"), of("cus_c", "evt_c1"))
+    async with other.transaction():
+        await other.execute("SELECT FROM webhook_events WHERE event_id = 'evt_a1' FOR UPDATE")
+        async with asyncio.timeout(DEADLINE):
+            assert await work_off(worker, shop) == 2
+        # Nor does his later event overtake the one that is held; and nobody has him in hand.
+        assert sorted(handled) == ["evt_b1", "evt_c1"]
+        assert await no_lanes_held(shop)
+    assert await work_off(worker, shop) == 2
+    assert handled[2:] == ["evt_a1", "evt_a2"]
+    assert await shop.fetchval("SELECT max(attempts) FROM webhook_events") == 1
+
+
+async def test_where_all_that_is_due_is_held_a_claim_takes_nothing_and_holds_nothing(
+    shop: Connection, other: Connection, make_worker: MakeWorker
+) -> None:
+    worker = await make_worker()
+    await put(shop, of("cus_a", "evt_a1"), of("cus_b", "evt_b1"))
+    async with other.transaction():
+        await other.execute("UPDATE webhook_events SET next_try_at = now() - interval '1 hour'")
+        async with asyncio.timeout(DEADLINE):
+            assert await worker.run_once(shop) == 0
+        assert await no_lanes_held(shop)
+    assert await work_off(worker, shop) == 2
+
+
+async def test_a_claim_waits_for_a_lock_on_the_table_as_long_as_it_takes(
+    shop: Connection, other: Connection, make_worker: MakeWorker
+) -> None:
+    worker = await make_worker()
+    await put(shop, of("cus_a", "evt_a1"), of("cus_b", "evt_b1"))
+    async with other.transaction():
+        # As while an index is made: who reads is let in, who writes is not.
+        await other.execute("LOCK TABLE webhook_events IN SHARE MODE")
+        claiming = asyncio.create_task(worker.run_once(shop))
+        pid = shop.get_server_pid()
+        # Given up once, it waits again, and has the rows by then.
+        holding = (
+            "SELECT count(*) = 2 FROM pg_locks WHERE pid = $1 AND relation = 'webhook_events'::regclass "
+            "AND (granted AND mode = 'RowShareLock' OR NOT granted AND mode = 'RowExclusiveLock')"
+        )
+        await until(lambda: other.fetchval(holding, pid))
+        assert not claiming.done()
+    assert await claiming == 2

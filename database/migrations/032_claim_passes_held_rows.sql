@@ -1,0 +1,151 @@
+-- A claim passes over the customers of rows that somebody holds. See docs/decisions/0034.
+
+BEGIN;
+
+SET LOCAL client_min_messages = warning;
+SELECT pg_advisory_xact_lock(118038671810927);
+
+-- A worker's turn begins with one call: let go of the last turn's lanes, lock the lanes of what is due, take the events. A
+-- function, because each of its statements sees what was committed before it began: what the last holder of a lane left behind
+-- shows only to a statement that begins after the lane was locked.
+--
+-- Takes up to `most` due events, oldest first, under a claim number of their own, and holds their lanes (advisory locks of
+-- class 1800432) on this session. Lanes that another worker holds are passed over, so that a busy customer never keeps the
+-- others waiting. An event found in 'processing' was abandoned: its worker died. started_at stays until that death is
+-- recorded, should this worker die before it has done so.
+--
+-- An event that is alone in its claim and runs alone (`handled`: types with a handler; or a suspect) has its try counted
+-- here, before it begins: should it take the process down, the try has counted.
+--
+-- Where nothing could be taken, one row says in how many seconds the next event is due; null: nothing waits.
+--
+-- Looks from `since` on only. What is finished leaves dead entries at the front of the queue until a vacuum takes them away, and
+-- a look from the beginning passes them all: of a backlog of a million, hundreds of thousands, for each claim. `first_due`: the
+-- oldest due event that this look saw, now where it saw none. A later look may begin there, for as long as its caller can stand
+-- that it does not see what was noted late: by a transaction that began before that moment and ends after this look.
+--
+-- A row that somebody holds, as a person does who has a transaction open in psql, keeps back its own lane alone. A claim waits a
+-- moment for it, since others hold one for no longer, and then takes the rest, so that no later event of that customer
+-- overtakes it. For a lock on the table itself, as while an index is made, it waits.
+CREATE OR REPLACE FUNCTION webhook_claim(most integer, handled text[], since timestamptz DEFAULT '-infinity') RETURNS TABLE (
+    claim bigint, due_in float8, first_due timestamptz, seq bigint, created_at timestamptz, event_id text, event_type text,
+    stripe_created bigint, livemode boolean, thin boolean, account text, context text, api_version text,
+    object_type text, object_id text, customer text, snapshot_event text, lane integer, attempts smallint,
+    suspect boolean, abandoned boolean, was_running boolean, started boolean, body bytea
+)
+LANGUAGE plpgsql
+-- Planned once in a session, and right however large the tables grow: every look-up is by its index.
+SET plan_cache_mode = force_generic_plan
+SET enable_seqscan = off
+SET enable_hashjoin = off
+SET enable_mergejoin = off
+-- Whatever the role has: see below for how long a claim waits, and for what.
+SET lock_timeout = 0
+AS $$
+#variable_conflict use_column
+DECLARE
+    seen   integer;
+    held   text[];
+    -- The lanes that this session got.
+    ours   integer[];
+    more   integer[];
+    -- How long to wait for somebody who holds a row.
+    moment text := '50ms';
+    number bigint;
+    first  timestamptz;
+BEGIN
+    PERFORM pg_advisory_unlock_all();
+
+    WITH due AS MATERIALIZED (
+        SELECT e.event_id, e.lane, e.next_try_at FROM webhook_unfinished AS e
+        WHERE e.next_try_at >= since AND e.next_try_at <= now() ORDER BY e.next_try_at, e.seq LIMIT most
+    ), mine AS MATERIALIZED (
+        SELECT l.lane FROM (SELECT DISTINCT d.lane FROM due AS d) AS l WHERE pg_try_advisory_lock(1800432, l.lane)
+    )
+    SELECT count(*), coalesce(min(d.next_try_at), now()),
+           array_agg(d.event_id) FILTER (WHERE d.lane IN (SELECT m.lane FROM mine AS m)),
+           (SELECT array_agg(m.lane) FROM mine AS m)
+    INTO seen, first, held, ours FROM due AS d;
+
+    -- The head of the line is another worker's: look behind it. Not in the first place, because reading the table of locks
+    -- holds up everyone who takes one.
+    IF seen = most AND cardinality(coalesce(held, '{}')) < seen THEN
+        WITH theirs AS MATERIALIZED (
+            SELECT objid::bigint::integer AS lane FROM pg_locks
+            WHERE locktype = 'advisory' AND classid = 1800432 AND objsubid = 2 AND pid <> pg_backend_pid()
+              AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+        ), due AS MATERIALIZED (
+            SELECT e.event_id, e.lane FROM webhook_unfinished AS e
+            WHERE e.next_try_at >= since AND e.next_try_at <= now() AND e.lane NOT IN (SELECT t.lane FROM theirs AS t)
+            ORDER BY e.next_try_at, e.seq LIMIT most
+        ), mine AS MATERIALIZED (
+            SELECT l.lane FROM (SELECT DISTINCT d.lane FROM due AS d) AS l WHERE pg_try_advisory_lock(1800432, l.lane)
+        )
+        SELECT array_agg(d.event_id) FILTER (WHERE d.lane IN (SELECT m.lane FROM mine AS m)),
+               (SELECT array_agg(m.lane) FROM mine AS m)
+        INTO held, more FROM due AS d;
+        ours := ours || more;
+    END IF;
+
+    IF held IS NOT NULL THEN
+        number := nextval('webhook_claims');
+    END IF;
+    WHILE held IS NOT NULL LOOP
+        BEGIN
+            PERFORM set_config('lock_timeout', moment, true);
+            RETURN QUERY
+            WITH found AS (
+                SELECT e.event_id, e.lane, e.status = 'processing' AS abandoned, e.started_at IS NOT NULL AS was_running,
+                       cardinality(held) = 1 AND NOT (e.status = 'processing' AND e.started_at IS NOT NULL)
+                           AND (e.suspect OR e.status = 'processing' OR e.event_type = ANY (handled)) AS starts
+                FROM webhook_events AS e
+                WHERE e.event_id = ANY (held) AND e.next_try_at <= now()
+                  -- Its last holder may have moved it: then it is in a lane that somebody else may hold.
+                  AND e.lane = ANY (ours)
+            ), claimed AS (
+                UPDATE webhook_events AS e
+                SET status = 'processing', claim = number, failed_at = NULL, suspect = e.suspect OR f.abandoned,
+                    attempts = e.attempts + f.starts::int,
+                    started_at = CASE WHEN f.starts THEN clock_timestamp() ELSE e.started_at END
+                -- Said again of the row as it is once it can be had: a reader may have given it up, or moved it, meanwhile.
+                FROM found AS f WHERE e.event_id = f.event_id AND e.lane = f.lane AND e.next_try_at <= now()
+                RETURNING e.*, f.abandoned, f.was_running, f.starts
+            )
+            SELECT number, NULL::float8, first, c.seq, c.created_at, c.event_id, c.event_type,
+                   extract(epoch FROM c.stripe_created)::bigint, c.livemode, c.thin, c.account, c.context, c.api_version,
+                   c.object_type, c.object_id, c.customer, c.snapshot_event, c.lane, (c.attempts - c.starts::int)::smallint,
+                   c.suspect, c.abandoned, c.abandoned AND c.was_running, c.starts,
+                   -- A subquery, so that each body is looked up by its key in the one partition that has it.
+                   (SELECT p.body FROM webhook_payloads AS p WHERE p.seq = c.seq AND p.created_at = c.created_at)
+            -- Put in order before they have their bodies, which are a lot to carry.
+            FROM (SELECT * FROM claimed ORDER BY stripe_created, seq) AS c;
+            IF FOUND THEN
+                RETURN;
+            END IF;
+            EXIT;
+        EXCEPTION WHEN lock_not_available THEN
+            -- What can be had is held from here on, so that the next try waits for no row; for the table, as long as it takes.
+            moment := '0';
+            WITH free AS MATERIALIZED (
+                SELECT e.event_id FROM webhook_events AS e WHERE e.event_id = ANY (held) FOR NO KEY UPDATE SKIP LOCKED
+            ), kept AS MATERIALIZED (
+                SELECT e.lane FROM webhook_events AS e
+                WHERE e.event_id = ANY (held) AND e.event_id NOT IN (SELECT f.event_id FROM free AS f)
+            )
+            SELECT array_agg(e.event_id) INTO held FROM webhook_events AS e
+            WHERE e.event_id = ANY (held) AND e.event_id IN (SELECT f.event_id FROM free AS f)
+              AND e.lane NOT IN (SELECT k.lane FROM kept AS k);
+        END;
+    END LOOP;
+    -- Who takes nothing holds nothing: whatever made the lanes seem due is over.
+    PERFORM pg_advisory_unlock_all();
+    RETURN QUERY
+    SELECT 0::bigint, extract(epoch FROM min(e.next_try_at) - now())::float8, first, NULL::bigint, NULL::timestamptz,
+           NULL, NULL, NULL::bigint, NULL::boolean, NULL::boolean, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
+           NULL::integer, NULL::smallint, NULL::boolean, NULL::boolean, NULL::boolean, NULL::boolean, NULL::bytea
+    FROM webhook_unfinished AS e WHERE e.next_try_at >= since;
+END $$;
+
+INSERT INTO webhook_migrations (name) VALUES ('032_claim_passes_held_rows') ON CONFLICT DO NOTHING;
+
+COMMIT;
