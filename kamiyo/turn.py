@@ -50,6 +50,7 @@ class _Trial:
 
     claimed: Claimed
     attempt: int
+    wanted: tuple[handlers.Handler, ...] = ()
     row: Row | None = None
     error: BaseException | None = None
     outcome: Outcome = Outcome.ignored
@@ -219,10 +220,10 @@ class Turns:
 
     async def _run_chunk(self, db: Connection, number: int, chunk: Sequence[Claimed]) -> int:
         """Handle and settle a chunk in one transaction; return how many of it were tried, the rest being given back."""
-        trials = [_Trial(claimed, claimed.attempts + 1) for claimed in chunk]
+        trials = [_Trial(claimed, claimed.attempts + 1, self._handlers_of(claimed.event)) for claimed in chunk]
         if self.traces is not None:
             self._trace(trials, number)
-        alone = len(trials) == 1 and (chunk[0].suspect or bool(self._handlers_of(trials[0].event)))
+        alone = len(trials) == 1 and (chunk[0].suspect or bool(trials[0].wanted))
         if alone and not chunk[0].started:
             await inbox.start(db, number, trials[0].event.id, trials[0].attempt)
         try:
@@ -252,7 +253,7 @@ class Turns:
     async def _apply(self, db: Connection, number: int, trials: Sequence[_Trial]) -> None:
         began = time.perf_counter()
         # Before anything is written: where twins are in two lanes, the other's worker holds the row.
-        await self._pair(db, [trial for trial in trials if self._handlers_of(trial.event)])
+        await self._pair(db, [trial for trial in trials if trial.wanted])
         await _project(db, [trial for trial in trials if not trial.waits_for_twin], self._mirrored)
         share = (time.perf_counter() - began) / len(trials)
         if self.traces is not None:
@@ -267,14 +268,13 @@ class Turns:
             trial.untried = at > 0 and time.perf_counter() - began > _TURN_SECONDS
             if trial.untried or trial.waits_for_twin:
                 continue
-            wanted = self._handlers_of(trial.event)
-            if trial.paired or (wanted and trial.event.occurrence in handled):
+            if trial.paired or (trial.wanted and trial.event.occurrence in handled):
                 trial.outcome = Outcome.paired
-            elif wanted and trial.error is None:
+            elif trial.wanted and trial.error is None:
                 # One round trip keeps the last handler's effects and opens the way back for this one.
                 await db.execute(_NEXT_SAVEPOINT if savepoint else _FIRST_SAVEPOINT)
                 savepoint = True
-                await self._handle(db, trial, wanted)
+                await self._handle(db, trial)
                 if trial.error is None:
                     handled.add(trial.event.occurrence)
         waiting = [trial.event.id for trial in trials if trial.waits_for_twin]
@@ -326,11 +326,11 @@ class Turns:
                     not twin.thin and twin.status is Status.processing and twin.event_id not in here for twin in others
                 )
 
-    async def _handle(self, db: Connection, trial: _Trial, wanted: Sequence[handlers.Handler]) -> None:
+    async def _handle(self, db: Connection, trial: _Trial) -> None:
         began = time.perf_counter()
         event = replace(trial.event, superseded=trial.superseded, attempt=trial.attempt)
         try:
-            for at, handler in enumerate(wanted):
+            for at, handler in enumerate(trial.wanted):
                 if at:
                     # PostgreSQL ends a session that is silent for longer than one handler may be.
                     await db.execute("SELECT 1")

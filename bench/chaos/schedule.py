@@ -32,6 +32,7 @@ class Act(StrEnum):
     terminate = "terminate"  # pg_terminate_backend
     exhaust = "exhaust"  # every connection slot of PostgreSQL is taken, and operators ask for much
     lock = "lock"  # somebody in psql locks a table
+    hold = "hold"  # somebody in psql holds events that wait
     log_full = "log_full"  # a process writes its log to a full disk
     disk_full = "disk_full"  # PostgreSQL's disk is full
     stripe_busy = "stripe_busy"  # its API answers 429 for a while
@@ -84,6 +85,7 @@ _DECK: dict[Act, tuple[int, float, float]] = {
     Act.unreachable: (1, 0.3, 1.5),
     Act.exhaust: (1, 0.5, 2.0),
     Act.lock: (1, 0.3, 2.0),
+    Act.hold: (2, 0.5, 4.0),
     Act.clock: (1, 0.5, 2.0),
     Act.stripe_busy: (2, 0.5, 3.0),
     Act.stripe_fails: (1, 0.5, 3.0),

@@ -43,6 +43,10 @@ _LOCKS = (
     "LOCK TABLE webhook_payloads IN ACCESS EXCLUSIVE MODE",
     "SELECT FROM billing.customers FOR UPDATE",
 )
+_HOLD = """
+SELECT FROM webhook_events WHERE event_id IN (SELECT event_id FROM webhook_unfinished ORDER BY next_try_at LIMIT 20)
+FOR UPDATE SKIP LOCKED
+"""
 
 
 @dataclass
@@ -232,13 +236,19 @@ class Storm:
             connection.terminate()
 
     async def _lock(self, blow: Blow) -> None:
-        async def lock(db: Connection) -> None:
+        await self._leave_open(_LOCKS[blow.target % len(_LOCKS)], blow.seconds)
+
+    async def _hold(self, blow: Blow) -> None:
+        await self._leave_open(_HOLD, blow.seconds)
+
+    async def _leave_open(self, statement: str, seconds: float) -> None:
+        async def leave_open(db: Connection) -> None:
             async with db.transaction():
                 await db.execute("SET LOCAL lock_timeout = '2s'")
-                await db.execute(_LOCKS[blow.target % len(_LOCKS)])
-                await asyncio.sleep(blow.seconds)
+                await db.execute(statement)
+                await asyncio.sleep(seconds)
 
-        await self._ask(lock)
+        await self._ask(leave_open)
 
     async def _ask(self, work: Callable[[Connection], Awaitable[object]]) -> None:
         # Another blow may have taken PostgreSQL away: then this one misses.
