@@ -77,8 +77,8 @@ class Turns:
     rng: random.Random
     #: Called when something was made due.
     wake: Callable[[], None]
-    #: Called when thin events wait for the reader; None: another process reads, and looks by itself.
-    wake_reader: Callable[[], None] | None = None
+    #: Called when thin events wait for the reader.
+    wake_reader: Callable[[], None]
     traces: tracing.Traces | None = None
     #: Set once the worker stops: events that were not begun are given back.
     stopping: bool = field(default=False, init=False)
@@ -157,8 +157,7 @@ class Turns:
         waiting = [event_id for event_id, read in known.items() if read is None]
         if waiting:
             await inbox.await_read(db, number, waiting)
-            if self.wake_reader is not None:
-                self.wake_reader()
+            self.wake_reader()
         moved = await self._move(db, number, [(c, found) for c in to_read if (found := known[c.event.id])])
         done |= moved.keys()
         left = [c for c in batch if c.event.id not in done and known.get(c.event.id, c) is not None]

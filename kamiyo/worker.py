@@ -12,7 +12,7 @@ import contextlib
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from datetime import datetime, timedelta
 
 import asyncpg
@@ -57,13 +57,13 @@ class Worker:
     pool: Pool
     url: str
     settings: Settings
-    registry: Registry = field(default_factory=lambda: handlers.registry)
+    registry: InitVar[Registry] = handlers.registry
     rng: random.Random = field(default_factory=random.Random)
     #: Reads what thin events are about; None: another process does.
     reader: Reader | None = None
     traces: tracing.Traces | None = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, registry: Registry) -> None:
         self._wake = asyncio.Event()
         self._stopping = False
         self._stopped = asyncio.Event()
@@ -77,14 +77,18 @@ class Worker:
         self._look_at_all_at = 0.0
         # Nothing older is due, unless it was noted since.
         self._queue_begins: datetime | None = None
-        wake_reader = self.reader.wake if self.reader is not None else None
-        self._turns = Turns(
-            self.settings, self.registry, self.rng, wake=self.wake, wake_reader=wake_reader, traces=self.traces
+        self.turns = Turns(
+            self.settings, registry, self.rng, wake=self.wake, wake_reader=self._wake_reader, traces=self.traces
         )
 
     def wake(self) -> None:
         """Something is due: look now."""
         self._wake.set()
+
+    def _wake_reader(self) -> None:
+        # Where another process reads, that looks by itself.
+        if self.reader is not None:
+            self.reader.wake()
 
     async def run(self) -> None:
         """Work until `stop`, through whatever the database does."""
@@ -116,7 +120,7 @@ class Worker:
 
     def stop(self) -> None:
         """Finish the events being handled, give the rest back, and let `run` return."""
-        self._stopping = self._turns.stopping = True
+        self._stopping = self.turns.stopping = True
         self._stopped.set()
         self._wake.set()
         if self._resting is not None and not self._resting.done():
@@ -129,10 +133,10 @@ class Worker:
 
     async def run_once(self, db: Connection) -> int:
         """Claim a batch, handle it, settle it; return how many events it had. `db` must not be in a transaction."""
-        number, batch = await inbox.claim(db, self._turns.fitting(), self.registry.types())
+        number, batch = await inbox.claim(db, self.turns.fitting(), self.turns.registry.types())
         try:
             if batch:
-                await self._turns.work(db, number, batch)
+                await self.turns.work(db, number, batch)
         finally:
             if not db.is_closed():
                 await to_the_end(inbox.unlock(db))
@@ -185,7 +189,7 @@ class Worker:
             happened("worker_turn_failed", error=type(error).__name__)
             if isinstance(error, asyncpg.OutOfMemoryError):
                 # PostgreSQL's table of locks is full (max_locks_per_transaction): the next turns hold fewer lanes.
-                self._turns.fewer()
+                self.turns.fewer()
                 asyncio.get_running_loop().call_later(0.1, self._wake.set)
             await asyncio.sleep(self.rng.uniform(0.1, 0.5))
 
@@ -205,7 +209,7 @@ class Worker:
         holding = True
         try:
             while not self._stopping:
-                most, missed = self._turns.fitting(), self._missed
+                most, missed = self.turns.fitting(), self._missed
                 taken = await self._claim(db, most)
                 if not taken.events and self._missed != missed:
                     continue
@@ -215,7 +219,7 @@ class Worker:
                 if len(taken.events) == most:
                     # More may be due than one hand can carry.
                     self._wake.set()
-                await self._turns.work(db, taken.number, taken.events)
+                await self.turns.work(db, taken.number, taken.events)
             return None
         finally:
             if holding and not db.is_closed():
@@ -224,10 +228,10 @@ class Worker:
     async def _claim(self, db: Connection, most: int) -> inbox.Taken:
         began, (often, seldom) = time.monotonic(), _LOOK_AT_ALL_EVERY_SECONDS
         if began < self._look_at_all_at:
-            return await inbox.claim_since(db, self._queue_begins, most, self.registry.types())
+            return await inbox.claim_since(db, self._queue_begins, most, self.turns.registry.types())
         # Meanwhile the other hands look from where the queue began before.
         self._look_at_all_at = next_time = began + often
-        taken = await inbox.claim_since(db, None, most, self.registry.types())
+        taken = await inbox.claim_since(db, None, most, self.turns.registry.types())
         if self._look_at_all_at == next_time:  # no other hand has looked at everything since
             seconds = (time.monotonic() - began) / _LOOK_AT_ALL_SHARE
             self._look_at_all_at = began + min(max(seconds, often), seldom)

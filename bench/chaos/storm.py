@@ -20,7 +20,7 @@ import httpx
 from bench.chaos.crew import Crew, Member
 from bench.chaos.operators import Operators, Ran, lines_of
 from bench.chaos.proxy import Flow, Proxy
-from bench.chaos.schedule import Act, Blow
+from bench.chaos.schedule import Blow
 from bench.chaos.stripe import Stripe
 from bench.chaos.stripe_api import NOTHING, Control, Mood
 from bench.chaos.traffic import HANDLED, Traffic
@@ -87,40 +87,9 @@ class Storm:
                 tasks.create_task(self._strike(blow))
 
     async def _strike(self, blow: Blow) -> None:
-        acts: dict[Act, Callable[[Blow], Awaitable[None]]] = {
-            Act.kill_api: self._kill_api,
-            Act.kill_worker: self._kill_worker,
-            Act.restart_api: self._restart_api,
-            Act.restart_worker: self._restart_worker,
-            Act.pause_worker: self._pause_worker,
-            Act.pause_api: self._pause_api,
-            Act.crash_postgres: self._crash_postgres,
-            Act.kill_postgres: self._kill_postgres,
-            Act.restart_postgres: self._restart_postgres,
-            Act.cut: self._cut,
-            Act.swallow: self._swallow,
-            Act.freeze: self._freeze,
-            Act.blackhole: self._blackhole,
-            Act.unreachable: self._unreachable,
-            Act.terminate: self._terminate,
-            Act.exhaust: self._exhaust,
-            Act.lock: self._lock,
-            Act.log_full: self._log_full,
-            Act.disk_full: self._disk_full,
-            Act.stripe_busy: self._stripe_busy,
-            Act.stripe_fails: self._stripe_fails,
-            Act.stripe_hangs: self._stripe_hangs,
-            Act.kill_stripe: self._kill_stripe,
-            Act.clock: self._clock,
-            Act.rebuild: self._rebuild,
-            Act.cleanup: self._cleanup,
-            Act.replay_failed: self._replay_failed,
-            Act.replay_processed: self._replay_processed,
-            Act.retry: self._retry,
-            Act.backfill: self._backfill,
-            Act.audit: self._audit,
-        }
-        await acts[blow.act](blow)
+        # Each act has a method of its name.
+        strike: Callable[[Blow], Awaitable[None]] = getattr(self, f"_{blow.act}")
+        await strike(blow)
 
     # ── Processes ───────────────────────────────────────────────────────────────────────────────────────────────
 

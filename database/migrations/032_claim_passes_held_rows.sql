@@ -24,9 +24,9 @@ SELECT pg_advisory_xact_lock(118038671810927);
 -- oldest due event that this look saw, now where it saw none. A later look may begin there, for as long as its caller can stand
 -- that it does not see what was noted late: by a transaction that began before that moment and ends after this look.
 --
--- A row that somebody holds, as a person does who has a transaction open in psql, keeps back its own lane alone. A claim waits a
--- moment for it, since others hold one for no longer, and then takes the rest, so that no later event of that customer
--- overtakes it. For a lock on the table itself, as while an index is made, it waits.
+-- A row that somebody holds, as a person does who has a transaction open in psql, is not waited for. Its customer is left out, so
+-- that no later event of theirs overtakes it; where nothing is left, the claim looks further behind.
+DROP FUNCTION IF EXISTS webhook_claim(integer, text[]);
 CREATE OR REPLACE FUNCTION webhook_claim(most integer, handled text[], since timestamptz DEFAULT '-infinity') RETURNS TABLE (
     claim bigint, due_in float8, first_due timestamptz, seq bigint, created_at timestamptz, event_id text, event_type text,
     stripe_created bigint, livemode boolean, thin boolean, account text, context text, api_version text,
@@ -39,18 +39,15 @@ SET plan_cache_mode = force_generic_plan
 SET enable_seqscan = off
 SET enable_hashjoin = off
 SET enable_mergejoin = off
--- Whatever the role has: see below for how long a claim waits, and for what.
-SET lock_timeout = 0
 AS $$
 #variable_conflict use_column
 DECLARE
     seen   integer;
+    -- The events whose lanes this session got, and, one for one, their lanes.
     held   text[];
-    -- The lanes that this session got.
-    ours   integer[];
-    more   integer[];
-    -- How long to wait for somebody who holds a row.
-    moment text := '50ms';
+    lanes  integer[];
+    -- Lanes in which nothing can be had now.
+    apart  integer[] := '{}';
     number bigint;
     first  timestamptz;
 BEGIN
@@ -64,78 +61,67 @@ BEGIN
     )
     SELECT count(*), coalesce(min(d.next_try_at), now()),
            array_agg(d.event_id) FILTER (WHERE d.lane IN (SELECT m.lane FROM mine AS m)),
-           (SELECT array_agg(m.lane) FROM mine AS m)
-    INTO seen, first, held, ours FROM due AS d;
+           array_agg(d.lane) FILTER (WHERE d.lane IN (SELECT m.lane FROM mine AS m))
+    INTO seen, first, held, lanes FROM due AS d;
 
-    -- The head of the line is another worker's: look behind it. Not in the first place, because reading the table of locks
-    -- holds up everyone who takes one.
-    IF seen = most AND cardinality(coalesce(held, '{}')) < seen THEN
-        WITH theirs AS MATERIALIZED (
-            SELECT objid::bigint::integer AS lane FROM pg_locks
-            WHERE locktype = 'advisory' AND classid = 1800432 AND objsubid = 2 AND pid <> pg_backend_pid()
-              AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-        ), due AS MATERIALIZED (
-            SELECT e.event_id, e.lane FROM webhook_unfinished AS e
-            WHERE e.next_try_at >= since AND e.next_try_at <= now() AND e.lane NOT IN (SELECT t.lane FROM theirs AS t)
-            ORDER BY e.next_try_at, e.seq LIMIT most
-        ), mine AS MATERIALIZED (
-            SELECT l.lane FROM (SELECT DISTINCT d.lane FROM due AS d) AS l WHERE pg_try_advisory_lock(1800432, l.lane)
+    LOOP
+        -- The head of the line is another worker's, or nothing of it can be had: look behind it. Not in the first place, because
+        -- reading the table of locks holds up everyone who takes one.
+        IF seen = most AND cardinality(coalesce(held, '{}')) < seen THEN
+            WITH theirs AS MATERIALIZED (
+                SELECT objid::bigint::integer AS lane FROM pg_locks
+                WHERE locktype = 'advisory' AND classid = 1800432 AND objsubid = 2 AND pid <> pg_backend_pid()
+                  AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+            ), due AS MATERIALIZED (
+                SELECT e.event_id, e.lane FROM webhook_unfinished AS e
+                WHERE e.next_try_at >= since AND e.next_try_at <= now() AND e.lane NOT IN (SELECT t.lane FROM theirs AS t)
+                  AND e.lane NOT IN (SELECT a.lane FROM unnest(apart) AS a (lane))
+                ORDER BY e.next_try_at, e.seq LIMIT most
+            ), mine AS MATERIALIZED (
+                SELECT l.lane FROM (SELECT DISTINCT d.lane FROM due AS d) AS l WHERE pg_try_advisory_lock(1800432, l.lane)
+            )
+            SELECT count(*), array_agg(d.event_id) FILTER (WHERE d.lane IN (SELECT m.lane FROM mine AS m)),
+                   array_agg(d.lane) FILTER (WHERE d.lane IN (SELECT m.lane FROM mine AS m))
+            INTO seen, held, lanes FROM due AS d;
+        END IF;
+        EXIT WHEN held IS NULL;
+
+        number := coalesce(number, nextval('webhook_claims'));
+        RETURN QUERY
+        WITH had AS MATERIALIZED (
+            SELECT e.event_id, e.lane, e.status, e.next_try_at, e.started_at, e.suspect, e.event_type FROM webhook_events AS e
+            WHERE e.event_id = ANY (held) FOR NO KEY UPDATE SKIP LOCKED
+        ), found AS (
+            SELECT h.event_id, h.status = 'processing' AS abandoned, h.started_at IS NOT NULL AS was_running,
+                   cardinality(held) = 1 AND NOT (h.status = 'processing' AND h.started_at IS NOT NULL)
+                       AND (h.suspect OR h.status = 'processing' OR h.event_type = ANY (handled)) AS starts
+            FROM had AS h
+            -- Its last holder may have settled it, or moved it: then it is in a lane that somebody else may hold.
+            WHERE h.next_try_at <= now() AND h.lane = ANY (lanes)
+              AND h.lane NOT IN (SELECT u.lane FROM unnest(held, lanes) AS u (event_id, lane)
+                                 WHERE u.event_id NOT IN (SELECT h.event_id FROM had AS h))
+        ), claimed AS (
+            UPDATE webhook_events AS e
+            SET status = 'processing', claim = number, failed_at = NULL, suspect = e.suspect OR f.abandoned,
+                attempts = e.attempts + f.starts::int,
+                started_at = CASE WHEN f.starts THEN clock_timestamp() ELSE e.started_at END
+            FROM found AS f WHERE e.event_id = f.event_id
+            RETURNING e.*, f.abandoned, f.was_running, f.starts
         )
-        SELECT array_agg(d.event_id) FILTER (WHERE d.lane IN (SELECT m.lane FROM mine AS m)),
-               (SELECT array_agg(m.lane) FROM mine AS m)
-        INTO held, more FROM due AS d;
-        ours := ours || more;
-    END IF;
-
-    IF held IS NOT NULL THEN
-        number := nextval('webhook_claims');
-    END IF;
-    WHILE held IS NOT NULL LOOP
-        BEGIN
-            PERFORM set_config('lock_timeout', moment, true);
-            RETURN QUERY
-            WITH found AS (
-                SELECT e.event_id, e.lane, e.status = 'processing' AS abandoned, e.started_at IS NOT NULL AS was_running,
-                       cardinality(held) = 1 AND NOT (e.status = 'processing' AND e.started_at IS NOT NULL)
-                           AND (e.suspect OR e.status = 'processing' OR e.event_type = ANY (handled)) AS starts
-                FROM webhook_events AS e
-                WHERE e.event_id = ANY (held) AND e.next_try_at <= now()
-                  -- Its last holder may have moved it: then it is in a lane that somebody else may hold.
-                  AND e.lane = ANY (ours)
-            ), claimed AS (
-                UPDATE webhook_events AS e
-                SET status = 'processing', claim = number, failed_at = NULL, suspect = e.suspect OR f.abandoned,
-                    attempts = e.attempts + f.starts::int,
-                    started_at = CASE WHEN f.starts THEN clock_timestamp() ELSE e.started_at END
-                -- Said again of the row as it is once it can be had: a reader may have given it up, or moved it, meanwhile.
-                FROM found AS f WHERE e.event_id = f.event_id AND e.lane = f.lane AND e.next_try_at <= now()
-                RETURNING e.*, f.abandoned, f.was_running, f.starts
-            )
-            SELECT number, NULL::float8, first, c.seq, c.created_at, c.event_id, c.event_type,
-                   extract(epoch FROM c.stripe_created)::bigint, c.livemode, c.thin, c.account, c.context, c.api_version,
-                   c.object_type, c.object_id, c.customer, c.snapshot_event, c.lane, (c.attempts - c.starts::int)::smallint,
-                   c.suspect, c.abandoned, c.abandoned AND c.was_running, c.starts,
-                   -- A subquery, so that each body is looked up by its key in the one partition that has it.
-                   (SELECT p.body FROM webhook_payloads AS p WHERE p.seq = c.seq AND p.created_at = c.created_at)
-            -- Put in order before they have their bodies, which are a lot to carry.
-            FROM (SELECT * FROM claimed ORDER BY stripe_created, seq) AS c;
-            IF FOUND THEN
-                RETURN;
-            END IF;
-            EXIT;
-        EXCEPTION WHEN lock_not_available THEN
-            -- What can be had is held from here on, so that the next try waits for no row; for the table, as long as it takes.
-            moment := '0';
-            WITH free AS MATERIALIZED (
-                SELECT e.event_id FROM webhook_events AS e WHERE e.event_id = ANY (held) FOR NO KEY UPDATE SKIP LOCKED
-            ), kept AS MATERIALIZED (
-                SELECT e.lane FROM webhook_events AS e
-                WHERE e.event_id = ANY (held) AND e.event_id NOT IN (SELECT f.event_id FROM free AS f)
-            )
-            SELECT array_agg(e.event_id) INTO held FROM webhook_events AS e
-            WHERE e.event_id = ANY (held) AND e.event_id IN (SELECT f.event_id FROM free AS f)
-              AND e.lane NOT IN (SELECT k.lane FROM kept AS k);
-        END;
+        SELECT number, NULL::float8, first, c.seq, c.created_at, c.event_id, c.event_type,
+               extract(epoch FROM c.stripe_created)::bigint, c.livemode, c.thin, c.account, c.context, c.api_version,
+               c.object_type, c.object_id, c.customer, c.snapshot_event, c.lane, (c.attempts - c.starts::int)::smallint,
+               c.suspect, c.abandoned, c.abandoned AND c.was_running, c.starts,
+               -- A subquery, so that each body is looked up by its key in the one partition that has it.
+               (SELECT p.body FROM webhook_payloads AS p WHERE p.seq = c.seq AND p.created_at = c.created_at)
+        -- Put in order before they have their bodies, which are a lot to carry.
+        FROM (SELECT * FROM claimed ORDER BY stripe_created, seq) AS c;
+        IF FOUND THEN
+            RETURN;
+        END IF;
+        EXIT WHEN seen < most;
+        apart := apart || lanes;
+        held := NULL;
     END LOOP;
     -- Who takes nothing holds nothing: whatever made the lanes seem due is over.
     PERFORM pg_advisory_unlock_all();

@@ -160,7 +160,7 @@ class _Deaths:
 
     def meddle(self, system: System) -> None:
         """Let this system's worker die like this."""
-        system.worker.registry = _Mortal(system.worker.registry, self._die)
+        system.worker.turns.registry = _Mortal(system.worker.turns.registry, self._die)
 
     async def _die(self, event: Event, db: Connection) -> None:
         if event.id not in self._died and len(self._died) < _MOST_DEATHS:

@@ -25,7 +25,8 @@ from bench.chaos.broken import FAULTS
 from bench.chaos.judge import Asked, Verdict, bear_witness, judge, prepare, questions
 from bench.chaos.operators import Ran
 from bench.chaos.proxy import carrying
-from bench.chaos.schedule import schedule
+from bench.chaos.schedule import Act, schedule
+from bench.chaos.storm import Storm
 from bench.chaos.stripe import Stripe
 from bench.chaos.stripe_api import KEY, Control, Mood, Objects, SimulatedApi, answering
 from bench.chaos.traffic import Told, Traffic, live, traffic
@@ -125,6 +126,12 @@ def test_a_broken_build_is_caught_by_its_name(broken_storms: dict[str, "subproce
 
 
 # ── The harness itself ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_storm_can_do_whatever_the_schedule_says() -> None:
+    assert [act for act in Act if not callable(getattr(Storm, f"_{act}", None))] == []
+    # And whatever there is comes up in it.
+    assert {blow.act for blow in schedule(7, 300, fence=4)} == set(Act)
 
 
 def test_the_seed_decides_the_storm_and_the_traffic_and_nothing_else_does() -> None:
@@ -258,7 +265,7 @@ async def calm(new_database: NewDatabase, settings: MakeSettings, tmp_path: Path
     async with answering(SimulatedApi(Objects(sent.lives), control, random.Random(0))) as base:
         worker = await worker_on(url, settings(STRIPE_SECRET_KEY=KEY, STRIPE_API_BASE=base, KAMIYO_STRIPE_API_RATE=100))
         api = StripeApi(worker.pool, worker.settings)
-        worker.reader = Reader(worker.pool, api, worker.registry)
+        worker.reader = Reader(worker.pool, api, worker.turns.registry)
         while await work_off(worker, db) or await worker.reader.run_once():
             pass
         assert await worker.reader.settle_undecided() > 0

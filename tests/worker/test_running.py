@@ -207,7 +207,7 @@ async def test_an_abandoned_handler_leaves_no_effect_and_its_try_does_not_count(
         )
     for _ in range(2):
         worker = await make_worker()
-        worker._turns._slow.add("invoice.paid")  # alone, so that its try is counted before it begins
+        worker.turns._slow.add("invoice.paid")  # alone, so that its try is counted before it begins
         entered.clear()
         async with running(worker):
             await entered.wait()
