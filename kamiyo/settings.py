@@ -598,6 +598,11 @@ def doubts(settings: Settings) -> Iterator[tuple[str, str]]:
             "DATABASE_URL",
             "not set: an embedded PostgreSQL keeps the data in KAMIYO_DATA_DIR, backed up by nobody",
         )
+    if settings.worker and settings.pool_size < settings.worker_concurrency + 4:
+        yield (
+            "KAMIYO_POOL_SIZE",
+            "less than four above KAMIYO_WORKER_CONCURRENCY: busy workers keep deliveries waiting for a connection",
+        )
     for name, meant in _slips():
         yield name, f"not a setting, and so without effect; {meant} is one"
 

@@ -210,6 +210,17 @@ def test_a_slip_in_the_file_is_found_as_well(tmp_path: Path) -> None:
     assert dict(doubts(load_settings()))["KAMIYO_HANDLER"].endswith("KAMIYO_HANDLERS is one")
 
 
+@pytest.mark.parametrize(("hands", "doubted"), [("4", False), ("5", True)])
+def test_too_few_connections_for_the_turns_of_a_worker_are_doubted(
+    hands: str, doubted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KAMIYO_POOL_SIZE", "8")
+    monkeypatch.setenv("KAMIYO_WORKER_CONCURRENCY", hands)
+    assert ("KAMIYO_POOL_SIZE" in dict(doubts(load_settings()))) is doubted
+    monkeypatch.setenv("KAMIYO_WORKER", "false")
+    assert "KAMIYO_POOL_SIZE" not in dict(doubts(load_settings()))
+
+
 def test_every_wrong_variable_is_named_at_once() -> None:
     with pytest.raises(SettingsError) as caught:
         load_settings(PORT="x", KAMIYO_ENV="y", DATABASE_URL="z")

@@ -85,7 +85,7 @@ _DECK: dict[Act, tuple[int, float, float]] = {
     Act.unreachable: (1, 0.3, 1.5),
     Act.exhaust: (1, 0.5, 2.0),
     Act.lock: (1, 0.3, 2.0),
-    Act.hold: (2, 0.5, 4.0),
+    Act.hold: (2, 0.3, 2.0),
     Act.clock: (1, 0.5, 2.0),
     Act.stripe_busy: (2, 0.5, 3.0),
     Act.stripe_fails: (1, 0.5, 3.0),

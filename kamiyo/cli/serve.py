@@ -139,8 +139,8 @@ def _why_not(error: OSError, likely: str) -> str:
 
 def one_of_several() -> FastAPI:
     """The application, in a process of its own among several that share a port."""
-    _calm_garbage_collection()
     app: FastAPI = import_from_string(_APP)
+    _calm_garbage_collection()
     return app
 
 
