@@ -42,7 +42,7 @@ _ASKED = 100
 
 #: Events of a claim, and claims at once: the defaults of KAMIYO_WORKER_BATCH and KAMIYO_WORKER_CONCURRENCY.
 _BATCH = 200
-_HANDS = 6
+_HANDS = 4
 
 #: Events of a drain that are timed together.
 _SLICE = 50_000

@@ -220,7 +220,7 @@ class Settings(BaseSettings):
     )
     worker_concurrency: int = _setting(
         "KAMIYO_WORKER_CONCURRENCY",
-        6,
+        4,
         "Batches a worker works on at the same time, each on a connection of its own.",
         ge=1,
         le=64,
