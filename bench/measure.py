@@ -298,7 +298,7 @@ async def acknowledged_ids(session: Session, peer: Peer, *, connections: int) ->
         await peer.refill(db, session.coming(_MOST_RATE * 3))
         async with started(session, peer) as (port, _):
             fired = await session.fire(
-                peer.path, port, connections=connections, seconds=1, expect=_WARM_UP_RATE, note=noted
+                peer.path, port, connections=connections, seconds=1, expect=_MOST_RATE, note=noted
             )
             await _settled(db, peer)
         ids = noted.read_text().split()
