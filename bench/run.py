@@ -140,7 +140,7 @@ class Benchmark:
             if isinstance(peer, Ours) and peer.name not in self.left_out:
                 try:
                     found = await acknowledged_ids(self.session, peer, connections=64)
-                except load.LoadFailed as error:
+                except _NOT_MEASURED as error:
                     # What was measured until here is not thrown away for it.
                     found = [f"its ids were not looked up: {error}"]
                 self.problems += [f"{peer.name}: {said}" for said in found]

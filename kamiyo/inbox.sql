@@ -248,7 +248,7 @@ WHERE CASE WHEN $1::text IN ('failed', 'retrying', 'dead') THEN failed_at IS NOT
 -- name: replay
 -- Puts a bounded number of matching events back in line, oldest first, and says where it got to, so that the next
 -- call goes on from there and none is taken twice. One that a worker is just claiming is being run again already: to wait
--- for it here could be a deadlock, since a claim takes its rows in another order.
+-- for it here could be a deadlock, since whoever settles takes rows in another order.
 WITH picked AS (
     SELECT event_id, created_at, seq FROM webhook_events
     WHERE CASE WHEN $1::text IN ('failed', 'retrying', 'dead') THEN failed_at IS NOT NULL

@@ -1,7 +1,7 @@
 -- What waits to be read from Stripe's API.
 --
 -- Some of what waits is due for a worker as well: it looks again after an hour. So whatever changes several events here
--- passes over those that somebody else is just changing. A claim takes its rows in another order, and to wait for one with
+-- passes over those that somebody else is just changing. Whoever settles takes rows in another order, and to wait for one with
 -- others in hand could be a deadlock. What is passed over still waits, and its turn comes a few seconds later.
 
 -- name: alone

@@ -57,13 +57,13 @@ class Worker:
     pool: Pool
     url: str
     settings: Settings
-    registry: InitVar[Registry] = handlers.registry
+    registry: InitVar[Registry | None] = None
     rng: random.Random = field(default_factory=random.Random)
     #: Reads what thin events are about; None: another process does.
     reader: Reader | None = None
     traces: tracing.Traces | None = None
 
-    def __post_init__(self, registry: Registry) -> None:
+    def __post_init__(self, registry: Registry | None) -> None:
         self._wake = asyncio.Event()
         self._stopping = False
         self._stopped = asyncio.Event()
@@ -78,7 +78,10 @@ class Worker:
         # Nothing older is due, unless it was noted since.
         self._queue_begins: datetime | None = None
         self.turns = Turns(
-            self.settings, registry, self.rng, wake=self.wake, wake_reader=self._wake_reader, traces=self.traces
+            *(self.settings, handlers.registry if registry is None else registry, self.rng),
+            wake=self.wake,
+            wake_reader=self._wake_reader,
+            traces=self.traces,
         )
 
     def wake(self) -> None:

@@ -25,7 +25,7 @@ SELECT pg_advisory_xact_lock(118038671810927);
 -- that it does not see what was noted late: by a transaction that began before that moment and ends after this look.
 --
 -- A row that somebody holds, as a person does who has a transaction open in psql, is not waited for. Its customer is left out, so
--- that no later event of theirs overtakes it; where nothing is left, the claim looks further behind.
+-- that no later event of theirs overtakes it. Where that leaves nothing, the claim looks further behind, past a thousand events.
 DROP FUNCTION IF EXISTS webhook_claim(integer, text[]);
 CREATE OR REPLACE FUNCTION webhook_claim(most integer, handled text[], since timestamptz DEFAULT '-infinity') RETURNS TABLE (
     claim bigint, due_in float8, first_due timestamptz, seq bigint, created_at timestamptz, event_id text, event_type text,
@@ -49,6 +49,7 @@ DECLARE
     -- Lanes in which nothing can be had now.
     apart  integer[] := '{}';
     number bigint;
+    taken  integer;
     first  timestamptz;
 BEGIN
     PERFORM pg_advisory_unlock_all();
@@ -68,6 +69,8 @@ BEGIN
         -- The head of the line is another worker's, or nothing of it can be had: look behind it. Not in the first place, because
         -- reading the table of locks holds up everyone who takes one.
         IF seen = most AND cardinality(coalesce(held, '{}')) < seen THEN
+            -- So that each lane is held once, and those that are passed over are not.
+            PERFORM pg_advisory_unlock_all();
             WITH theirs AS MATERIALIZED (
                 SELECT objid::bigint::integer AS lane FROM pg_locks
                 WHERE locktype = 'advisory' AND classid = 1800432 AND objsubid = 2 AND pid <> pg_backend_pid()
@@ -91,7 +94,7 @@ BEGIN
         WITH had AS MATERIALIZED (
             SELECT e.event_id, e.lane, e.status, e.next_try_at, e.started_at, e.suspect, e.event_type FROM webhook_events AS e
             WHERE e.event_id = ANY (held) FOR NO KEY UPDATE SKIP LOCKED
-        ), found AS (
+        ), found AS MATERIALIZED (
             SELECT h.event_id, h.status = 'processing' AS abandoned, h.started_at IS NOT NULL AS was_running,
                    cardinality(held) = 1 AND NOT (h.status = 'processing' AND h.started_at IS NOT NULL)
                        AND (h.suspect OR h.status = 'processing' OR h.event_type = ANY (handled)) AS starts
@@ -116,11 +119,19 @@ BEGIN
                (SELECT p.body FROM webhook_payloads AS p WHERE p.seq = c.seq AND p.created_at = c.created_at)
         -- Put in order before they have their bodies, which are a lot to carry.
         FROM (SELECT * FROM claimed ORDER BY stripe_created, seq) AS c;
-        IF FOUND THEN
+        GET DIAGNOSTICS taken = ROW_COUNT;
+        IF taken > 0 THEN
+            IF taken < cardinality(held) THEN
+                -- The customers that are left out are not to wait until this turn is over.
+                PERFORM pg_advisory_unlock(1800432, l.lane) FROM (
+                    SELECT u.lane FROM unnest(lanes) AS u (lane)
+                    EXCEPT SELECT e.lane FROM webhook_events AS e WHERE e.event_id = ANY (held) AND e.claim = number
+                ) AS l;
+            END IF;
             RETURN;
         END IF;
-        EXIT WHEN seen < most;
         apart := apart || lanes;
+        EXIT WHEN seen < most OR cardinality(apart) >= 1000;
         held := NULL;
     END LOOP;
     -- Who takes nothing holds nothing: whatever made the lanes seem due is over.

@@ -85,7 +85,7 @@ FROM webhook_events;
 
 -- name: let_time_pass
 -- Everything that waits for its time comes so many seconds nearer, and keeps its order. What a worker is just taking waits no
--- more; and to wait for it could be a deadlock, since a claim takes its rows in another order.
+-- more; and to wait for it could be a deadlock, since whoever settles takes rows in another order.
 UPDATE webhook_events SET next_try_at = next_try_at - make_interval(secs => $1)
 WHERE event_id IN (
     SELECT event_id FROM webhook_events WHERE status = 'failed' AND next_try_at IS NOT NULL FOR UPDATE SKIP LOCKED

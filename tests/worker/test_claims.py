@@ -260,10 +260,12 @@ async def test_an_event_that_somebody_holds_in_psql_keeps_back_its_own_customer_
     shop: Connection, other: Connection, own: Registry, make_worker: MakeWorker
 ) -> None:
     handled: list[str] = []
+    lanes: set[int] = set()
 
     @own.on("invoice.paid")
     async def handler(event: Event, db: Connection) -> None:
         handled.append(event.id)
+        lanes.add(await db.fetchval(_LANES_OF_THIS_SESSION))
 
     worker = await make_worker()
     await put(shop, of("cus_a", "evt_a1"), of("cus_a", "evt_a2"), of("cus_b", "evt_b1"), of("cus_c", "evt_c1"))
@@ -273,29 +275,42 @@ async def test_an_event_that_somebody_holds_in_psql_keeps_back_its_own_customer_
             assert await work_off(worker, shop) == 2
         # Nor does his later event overtake the one that is held; and nobody has him in hand.
         assert sorted(handled) == ["evt_b1", "evt_c1"]
+        assert lanes == {2}
         assert await no_lanes_held(shop)
     assert await work_off(worker, shop) == 2
     assert handled[2:] == ["evt_a1", "evt_a2"]
     assert await shop.fetchval("SELECT max(attempts) FROM webhook_events") == 1
 
 
+_LANES_OF_THIS_SESSION = (
+    "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND classid = 1800432 AND pid = pg_backend_pid()"
+)
+
+
 @pytest.mark.parametrize("batch", [1, 3])
-async def test_a_claim_looks_behind_what_is_held_however_few_events_it_takes(
-    batch: int, shop: Connection, other: Connection, make_worker: MakeWorker
+async def test_a_claim_looks_behind_what_is_held_however_few_events_it_takes_and_holds_no_lane_but_of_those(
+    batch: int, shop: Connection, other: Connection, own: Registry, make_worker: MakeWorker
 ) -> None:
+    lanes: set[int] = set()
+
+    @own.on("invoice.paid")
+    async def handler(event: Event, db: Connection) -> None:
+        lanes.add(await db.fetchval(_LANES_OF_THIS_SESSION))
+
     worker = await make_worker(KAMIYO_WORKER_BATCH=batch)
-    # The oldest: more than a claim takes, and two customers'.
-    await put(shop, *(of(f"cus_{one}", f"evt_{one}{number}") for number in range(3) for one in "ab"))
+    # The oldest: many times what a claim takes, of many customers.
+    await put(shop, *(of(f"cus_{one:02}", f"evt_{one:02}") for one in range(30)))
     await put(shop, of("cus_c", "evt_c1"), of("cus_d", "evt_d1"))
     async with other.transaction():
-        await other.execute("SELECT FROM webhook_events WHERE event_id IN ('evt_a0', 'evt_b0') FOR UPDATE")
+        await other.execute("SELECT FROM webhook_events WHERE customer < 'cus_c' FOR UPDATE")
         async with asyncio.timeout(DEADLINE):
             assert await work_off(worker, shop) == 2
         assert {name for name, status in (await statuses(shop)).items() if status == "processed"} == {
             "evt_c1",
             "evt_d1",
         }
-    assert await work_off(worker, shop) == 6
+        assert lanes == {min(batch, 2)}
+    assert await work_off(worker, shop) == 30
 
 
 async def test_where_all_that_is_due_is_held_a_claim_takes_nothing_and_holds_nothing(
