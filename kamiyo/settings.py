@@ -601,7 +601,7 @@ def doubts(settings: Settings) -> Iterator[tuple[str, str]]:
     if settings.worker and settings.pool_size < settings.worker_concurrency + 4:
         yield (
             "KAMIYO_POOL_SIZE",
-            "less than four above KAMIYO_WORKER_CONCURRENCY: while all turns are taken, the rest waits for one",
+            "less than four above KAMIYO_WORKER_CONCURRENCY, which leaves too few connections for all else",
         )
     for name, meant in _slips():
         yield name, f"not a setting, and so without effect; {meant} is one"
